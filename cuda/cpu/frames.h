@@ -1,0 +1,66 @@
+// frames.h: where a page's rows lie, and which pages a step of a lane has. The address rules of fkv_frames and fkv_lane, in one place,
+// and the checks of them that every call on a cache begins with (frames.cpp).
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "twin.h"
+
+namespace fkv {
+
+// First byte of page `page` (a frame index, or a block id of the host pool). Read `chunks` only while work runs.
+FKV_INLINE char* frame_origin(const fkv_frames& frames, int64_t page) {
+  if (frames.chunks == nullptr) return reinterpret_cast<char*>(frames.base) + page * frames.frame;
+  const int64_t chunk = page >> frames.shift, rest = page & ((int64_t{1} << frames.shift) - 1);
+  return reinterpret_cast<char*>(frames.chunks[chunk]) + rest * frames.frame;
+}
+
+// First byte of token row `row` of K (kv 0) or V (kv 1) of one head and layer; for digests kv is 0 = min, 1 = max, and row 0.
+FKV_INLINE char* frame_address(const fkv_frames& frames, int64_t page, int32_t layer, int32_t head, int32_t kv, int32_t row) {
+  return frame_origin(frames, page) + layer * frames.layer + head * frames.head + kv * frames.kv + row * frames.row;
+}
+
+// The same in frame `frame` of a lane.
+FKV_INLINE char* lane_address(const fkv_cache& cache, const fkv_lane& lane, int32_t layer, int32_t frame, int32_t head, int32_t kv,
+                              int32_t row) {
+  const int64_t index = static_cast<int64_t>(layer) * lane.n_frames + frame;
+  return reinterpret_cast<char*>(lane.frames) + index * cache.frame_bytes + head * cache.device.head + kv * cache.device.kv +
+         row * cache.device.row;
+}
+
+// Frame of a sink or window page (of any page where the lane is resident).
+FKV_INLINE int32_t lane_frame_of_window_page(const fkv_lane& lane, int32_t page) {
+  if (lane.resident || page < lane.sink_pages) return page;
+  return lane.sink_pages + page % (lane.window_pages + 1);
+}
+
+// Frame of a slot; lanes that are not resident only.
+FKV_INLINE int32_t lane_frame_of_slot(const fkv_lane& lane, int32_t slot) {
+  return lane.sink_pages + lane.window_pages + 1 + slot;
+}
+
+// First window page of a step at length `len` (the token of the step counted).
+FKV_INLINE int32_t window_begin(const fkv_lane& lane, int32_t len, int32_t page_size) {
+  return std::max(lane.sink_pages, len / page_size - lane.window_pages);
+}
+
+// One past the last candidate page; the candidates are sink_pages .. candidate_end − 1, none where that is empty.
+FKV_INLINE int32_t candidate_end(const fkv_lane& lane, int32_t len, int32_t page_size) {
+  return std::max(lane.sink_pages, len / page_size - lane.window_pages);
+}
+
+// Index of [layer][head] in a lane's per-head tables; times k or n_slots it is the start of that head's entries.
+FKV_INLINE int64_t lane_head(const fkv_cache& cache, int32_t layer, int32_t head) {
+  return static_cast<int64_t>(layer) * cache.n_kv_heads + head;
+}
+
+// FKV_OK, or the status and text for a geometry that no operation can run on. `call` is the entry's name, for the text.
+int32_t check_cache(const char* call, const fkv_cache* cache);
+// The same for one layer of one step: also the step's tables, 0 <= layer < n_layers and 0 <= n_rows <= max_rows.
+int32_t check_step(const char* call, const fkv_cache* cache, int32_t layer, int32_t n_rows);
+// The same for a chunk of a prompt: layer, start and n, qkv and frames (`out` is attention's own).
+int32_t check_chunk(const char* call, const fkv_cache* cache, const fkv_prefill_params* params);
+// Strides of `frames` (named `name` in the text): positive multiples of 16, and a base or chunks.
+int32_t check_frames(const char* call, const char* name, const fkv_frames& frames);
+
+}  // namespace fkv

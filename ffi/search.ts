@@ -1,0 +1,40 @@
+// Where a native library may be: design section 8's order.
+
+import { createRequire } from "node:module";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { packageRoot } from "./root.ts";
+
+export type LibraryKind = "cpu" | "cuda";
+
+export interface Place {
+  readonly path: string;
+  readonly origin: "libraryPath" | "platform package" | "dist/native";
+}
+
+/** The places of a library, best first. An explicit `libraryPath` is the only one. */
+export function libraryPlaces(kind: LibraryKind, libraryPath?: string | URL): Place[] {
+  if (libraryPath !== undefined) {
+    const given = String(libraryPath);
+    const path = given.startsWith("file:") ? fileURLToPath(given) : given;
+    return [{ path, origin: "libraryPath" }];
+  }
+  const platform = `${process.platform}-${process.arch}`;
+  const file = `libfreekv_${kind}.so`;
+  const root = packageRoot();
+  const places: Place[] = [{ path: join(root, "dist", "native", platform, file), origin: "dist/native" }];
+  const platformPackage = platformPackageDir(root, platform);
+  if (platformPackage !== undefined) {
+    places.unshift({ path: join(platformPackage, file), origin: "platform package" });
+  }
+  return places;
+}
+
+/** An optional package that carries built libraries alone, if it is installed. */
+function platformPackageDir(root: string, platform: string): string | undefined {
+  try {
+    return dirname(createRequire(join(root, "package.json")).resolve(`@freekv/${platform}/package.json`));
+  } catch {
+    return undefined;
+  }
+}

@@ -1,0 +1,208 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// Concurrent runs share steps. The host reads results one step behind: while it hands out what step s told, step s + 1 is
+// under way. Each step's control is one entry of the pinned ring, written only after the step that used it last is complete.
+import { read, size, write } from "../ffi/structs.ts";
+import { ringEntries } from "./cache.ts";
+import type { Core } from "./core.ts";
+import type { Event } from "./device.ts";
+import { emptyRow, type Row, rowOf, type Sampling } from "./row.ts";
+import type { State } from "./state.ts";
+import { sampleFirst } from "./model.ts";
+
+export type Result = ReturnType<typeof read.fkv_result>;
+
+/** What a run does in its i-th launch: draw the first token from the lane's logits, or feed a token (null: the one drawn last). */
+export type Launch = { draw: true } | { draw: false; token: number | null; target: number };
+
+/** One sequence being decoded: its launches are made as results are asked for, at most one ahead. */
+export class Run {
+  readonly state: State;
+  readonly total: number;
+  readonly launch: (i: number) => Launch;
+  readonly sampling: Sampling;
+  launched = 0;
+  delivered = 0;
+  taken = 0;
+  readonly results: { result: Result; stallMs: number }[] = [];
+  waiting: PromiseWithResolvers<{ result: Result; stallMs: number }> | null = null;
+  drained: PromiseWithResolvers<void> | null = null;
+
+  constructor(state: State, total: number, sampling: Sampling, launch: (i: number) => Launch) {
+    this.state = state;
+    this.total = total;
+    this.sampling = sampling;
+    this.launch = launch;
+  }
+  /** Whether what is asked for, or the step after it, has still to be launched. */
+  get behind(): boolean {
+    return this.waiting !== null && this.launched < Math.min(this.total, this.taken + 2);
+  }
+}
+
+interface InFlight {
+  readonly step: number;
+  readonly runs: readonly Run[];
+  readonly done: Event;
+}
+
+export class Batch implements Disposable {
+  readonly #core: Core;
+  readonly #control: DataView;
+  readonly #results: DataView;
+  readonly #events: Event[];
+  readonly #runs = new Set<Run>();
+  readonly #inFlight: InFlight[] = [];
+  #step = 0;
+  #stallNs = 0;
+  #pumping = false;
+  #failure: unknown;
+
+  constructor(core: Core) {
+    this.#core = core;
+    this.#control = new DataView(core.cache.control.buffer);
+    this.#results = new DataView(core.cache.results.buffer);
+    this.#events = Array.from({ length: ringEntries }, () => core.device.event());
+  }
+
+  /** The next result of a run. */
+  next(run: Run): Promise<{ result: Result; stallMs: number }> {
+    const ready = run.results.shift();
+    run.waiting = Promise.withResolvers();
+    this.#runs.add(run);
+    if (ready) {
+      // What comes after it is launched before it is handed out.
+      this.#launchAhead();
+      run.taken++;
+      run.waiting.resolve(ready);
+      const { promise } = run.waiting;
+      run.waiting = null;
+      return promise;
+    }
+    const { promise } = run.waiting;
+    void this.#pump();
+    return promise;
+  }
+
+  /** Resolves when everything that the run launched is complete. */
+  async finish(run: Run): Promise<void> {
+    this.#runs.delete(run);
+    if (run.delivered === run.launched) return;
+    run.drained = Promise.withResolvers();
+    const { promise } = run.drained;
+    void this.#pump();
+    return promise;
+  }
+
+  async #pump(): Promise<void> {
+    if (this.#pumping) return;
+    this.#pumping = true;
+    try {
+      while ([...this.#runs].some((run) => run.waiting) || this.#inFlight.some(({ runs }) => runs.some((run) => run.drained))) {
+        await new Promise((resolve) => setImmediate(resolve)); // whoever was just handed a token may ask for the next
+        this.#launchAhead();
+        const oldest = this.#inFlight[0];
+        if (oldest) {
+          await oldest.done.done();
+          this.#inFlight.shift();
+          this.#deliver(oldest);
+        }
+      }
+    } catch (error) {
+      this.#fail(error);
+    } finally {
+      this.#pumping = false;
+    }
+  }
+
+  /** Launches until every waiting run is one step ahead of what it asked for. */
+  #launchAhead(): void {
+    if (this.#failure) throw this.#failure;
+    for (;;) {
+      const behind = [...this.#runs].filter((run) => run.behind);
+      if (behind.length === 0 || this.#inFlight.length >= ringEntries - 1) return;
+      const drawing = behind.filter((run) => run.launch(run.launched).draw);
+      this.#launch(drawing.length ? drawing : behind, drawing.length > 0);
+    }
+  }
+
+  #launch(runs: readonly Run[], draw: boolean): void {
+    const { cache, decoder, geometry, orchestration } = this.#core;
+    const rows: Row[] = [];
+    const able: Run[] = [];
+    for (const run of runs) {
+      try {
+        rows.push(this.#row(run));
+        able.push(run);
+      } catch (error) {
+        this.#reject(run, error);
+      }
+    }
+    if (able.length === 0) return;
+    const bucket = 2 ** Math.ceil(Math.log2(able.length));
+    const entry = (this.#step % ringEntries) * cache.maxRows;
+    for (let i = 0; i < bucket; i++) write.fkv_row(this.#control, (entry + i) * size.fkv_row, rows[i] ?? emptyRow);
+    if (draw) sampleFirst(decoder, bucket);
+    else
+      orchestration.step(
+        Array.from({ length: bucket }, (_, i) => {
+          const state = able[i]?.state;
+          return state ? { lane: state.lane, completesPage: state.length % geometry.pageSize === 0 } : null;
+        }),
+      );
+    const done = this.#events[this.#step % ringEntries] as Event;
+    decoder.compute.record(done);
+    this.#inFlight.push({ step: this.#step++, runs: able, done });
+    for (const run of able) run.launched++;
+  }
+
+  /** The control of a run's next launch; feeding a token makes the sequence one longer. */
+  #row(run: Run): Row {
+    const { state, sampling } = run;
+    const launch = run.launch(run.launched);
+    if (launch.draw) return rowOf(state.lane, { position: state.length - 1, sampling });
+    const block = state.reserve();
+    const position = state.length;
+    state.ids.push(launch.token ?? -1);
+    return rowOf(state.lane, { position, block, sampling, target: launch.target, ...(launch.token === null ? {} : { token: launch.token }) });
+  }
+
+  #deliver({ step, runs }: InFlight): void {
+    const entry = (step % ringEntries) * this.#core.cache.maxRows;
+    let stallMs = 0;
+    for (const [i, run] of runs.entries()) {
+      const result = read.fkv_result(this.#results, (entry + i) * size.fkv_result);
+      if (i === 0) {
+        stallMs = (result.stall_ns - this.#stallNs) / 1e6;
+        this.#stallNs = result.stall_ns;
+      }
+      run.delivered++;
+      if (run.waiting) {
+        run.taken++;
+        run.waiting.resolve({ result, stallMs });
+        run.waiting = null;
+      } else run.results.push({ result, stallMs });
+      if (run.delivered === run.launched) run.drained?.resolve();
+    }
+  }
+
+  #reject(run: Run, error: unknown): void {
+    this.#runs.delete(run);
+    run.waiting?.reject(error);
+    run.waiting = null;
+  }
+
+  /** A device that failed answers nobody any more. */
+  #fail(error: unknown): void {
+    this.#failure = error;
+    const runs = new Set([...this.#runs, ...this.#inFlight.flatMap(({ runs }) => runs)]);
+    this.#inFlight.length = 0;
+    for (const run of runs) {
+      this.#reject(run, error);
+      run.drained?.reject(error);
+    }
+  }
+
+  [Symbol.dispose](): void {
+    for (const event of this.#events) event[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,121 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// Memory of a device, and pinned host memory that it reads.
+
+import type { JsMemory } from "../ffi/symbols.ts";
+import { badArgument, count, type DeviceContext, Handle } from "./context.ts";
+
+/** A place that a stream reads or writes: a buffer, or an address inside one. */
+export type Memory = DeviceBuffer | PinnedBuffer | number;
+
+/** Device memory, aligned to 256 bytes; its first contents are undefined. */
+export class DeviceBuffer extends Handle {
+  readonly bytes: number;
+
+  /** Device.alloc makes them. */
+  constructor(context: DeviceContext, bytes: number) {
+    count("alloc", "bytes", bytes, 1);
+    context.lib.fkv_device_alloc(context.u64, bytes, context.handle);
+    super(context, "device buffer", Number(context.u64[0]));
+    this.bytes = bytes;
+  }
+
+  get address(): number {
+    return this.live;
+  }
+
+  protected override free(handle: number): void {
+    this.context.lib.fkv_device_free(handle, this.context.handle);
+  }
+}
+
+/** The constructor of a typed array. */
+export interface ViewType<T> {
+  readonly BYTES_PER_ELEMENT: number;
+  new (buffer: ArrayBuffer, byteOffset: number, length: number): T;
+}
+
+const maxViewBytes = 2 ** 32;
+
+/** Pinned host memory, zeroed, aligned to 4096 bytes, which kernels read at the same address. */
+export class PinnedBuffer extends Handle {
+  readonly bytes: number;
+  readonly #windows = new Map<string, ArrayBuffer>();
+
+  /** Device.pinned makes them. */
+  constructor(context: DeviceContext, bytes: number) {
+    count("pinned", "bytes", bytes, 1);
+    context.lib.fkv_host_alloc(context.u64, bytes, context.handle);
+    super(context, "pinned buffer", Number(context.u64[0]));
+    this.bytes = bytes;
+  }
+
+  get address(): number {
+    return this.live;
+  }
+
+  /**
+   * All of it as an ArrayBuffer, without a copy; detached (length 0) when this or the device is disposed.
+   * Errors: BAD_ARGUMENT above 4 GiB: use window().
+   */
+  get buffer(): ArrayBuffer {
+    return this.window(0, this.bytes);
+  }
+
+  /** A part of at most 4 GiB as an ArrayBuffer, without a copy; detached as `buffer` is. */
+  window(byteOffset: number, bytes: number): ArrayBuffer {
+    const address = this.live;
+    count("window", "byteOffset", byteOffset);
+    count("window", "bytes", bytes, 1);
+    if (byteOffset + bytes > this.bytes) {
+      throw badArgument("window", `bytes ${byteOffset}..${byteOffset + bytes} of a buffer of ${this.bytes}`);
+    }
+    if (bytes > maxViewBytes) {
+      throw badArgument(
+        "window",
+        `${bytes} bytes are more than a view can have (4 GiB); take several windows`,
+      );
+    }
+    const key = `${byteOffset} ${bytes}`;
+    const window = this.#windows.get(key) ?? this.context.library.toArrayBuffer(address + byteOffset, bytes);
+    this.#windows.set(key, window);
+    return window;
+  }
+
+  /** `length` elements from `byteOffset` on, or as many as fit, as a typed array without a copy. */
+  view<T>(type: ViewType<T>, byteOffset = 0, length?: number): T {
+    const element = type.BYTES_PER_ELEMENT;
+    const n = length ?? Math.floor((this.bytes - byteOffset) / element);
+    count("view", "byteOffset", byteOffset);
+    count("view", "length", n);
+    if (byteOffset % element !== 0) throw badArgument("view", `byteOffset must be a multiple of ${element}`);
+    if (byteOffset + n * element > this.bytes) {
+      throw badArgument(
+        "view",
+        `${n} elements of ${element} bytes at ${byteOffset}, in a buffer of ${this.bytes}`,
+      );
+    }
+    if (this.bytes <= maxViewBytes) return new type(this.buffer, byteOffset, n);
+    return new type(this.window(byteOffset, n * element), 0, n);
+  }
+
+  override invalidate(): void {
+    super.invalidate();
+    // A view that outlives the memory would read freed pages.
+    for (const window of this.#windows.values()) window.transfer(0);
+    this.#windows.clear();
+  }
+
+  protected override free(handle: number): void {
+    this.context.lib.fkv_host_free(handle, this.context.handle);
+  }
+}
+
+export function addressOf(memory: Memory): number {
+  return typeof memory === "number" ? memory : memory.address;
+}
+
+/** How many bytes a place has, where that is known. */
+export function bytesOf(memory: Memory | JsMemory): number | undefined {
+  if (typeof memory === "number") return undefined;
+  return "byteLength" in memory ? memory.byteLength : memory.bytes;
+}

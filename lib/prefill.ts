@@ -1,0 +1,169 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// Prefill: a prompt in chunks, each token attending to every earlier one whatever the policy; finished pages go to the host as
+// they are made. A token's bits do not depend on where chunks or appends begin.
+import { pack } from "../ffi/structs.ts";
+import type { Frames } from "./cache.ts";
+import { type PageCopier, type Pages, range } from "./copier.ts";
+import type { Decoder } from "./decoder.ts";
+import { DenseQueue } from "./dense.ts";
+import type { DeviceBuffer, Event, Stream } from "./device.ts";
+import type { Lane } from "./lane.ts";
+import { Activations } from "./network.ts";
+
+/** Chunks end at multiples of this. */
+export const chunkTokens = 512;
+
+/** A prompt's chunk: `ids` at positions `start` … of a sequence with these blocks, reserved up to the chunk's end. */
+export interface Chunk {
+  readonly start: number;
+  readonly ids: Int32Array;
+  readonly blocks: readonly number[];
+  /** The tokens of page start/P that precede the chunk, where a page is begun already. */
+  readonly partial: Pages | null;
+  /** Of the last chunk: the lane that gets the partial page, q and the logits of the last token. */
+  readonly lane: Lane | null;
+}
+
+export class Prefill implements Disposable {
+  readonly #d: Decoder;
+  readonly #copier: PageCopier;
+  /** Carries finished pages to the host beside the next layers. */
+  readonly #store: Stream;
+  readonly #dense: DenseQueue;
+  readonly #act: Activations;
+  readonly #tokens: DeviceBuffer;
+  readonly #positions: DeviceBuffer;
+  readonly #appended: Event[];
+  readonly #stored: Event[];
+  /** Layers that the workspace holds: all, or two that take turns while earlier pages stream back for each chunk. */
+  readonly #heldLayers: number;
+  #workspace: DeviceBuffer | null = null;
+  #pages = 0;
+
+  constructor(decoder: Decoder, copier: PageCopier, o: { split: boolean; dtype: number; prefillKv: "device" | "host" }) {
+    const { device, network } = decoder;
+    const { config } = network;
+    this.#d = decoder;
+    this.#copier = copier;
+    this.#store = device.stream();
+    this.#act = new Activations(device, config, chunkTokens);
+    this.#dense = new DenseQueue(device, decoder.compute, { dtype: o.dtype, eps: config.eps, split: o.split, maxRows: chunkTokens, ...network.widest });
+    this.#tokens = device.alloc(4 * chunkTokens);
+    this.#positions = device.alloc(4 * chunkTokens);
+    this.#appended = range(0, config.layers).map(() => device.event());
+    this.#stored = range(0, config.layers).map(() => device.event());
+    this.#heldLayers = o.prefillKv === "device" ? config.layers : Math.min(2, config.layers);
+  }
+
+  /** Bytes of the workspace. */
+  get bytes(): number {
+    return this.#workspace?.bytes ?? 0;
+  }
+  get #streamsBack(): boolean {
+    return this.#heldLayers < this.#d.cache.geometry.layers;
+  }
+
+  /** Makes room for a sequence of `total` tokens and brings the complete pages before `start`. */
+  begin(total: number, start: number, blocks: readonly number[]): void {
+    const { cache, compute, device } = this.#d;
+    const { frameBytes, layers, pageSize } = cache.geometry;
+    const pages = Math.ceil(total / pageSize);
+    if (pages > this.#pages) {
+      this.#workspace?.[Symbol.dispose]();
+      this.#workspace = null;
+      this.#pages = 0;
+      this.#workspace = device.alloc(this.#heldLayers * pages * frameBytes);
+      this.#pages = pages;
+    }
+    const earlier = range(0, Math.floor(start / pageSize));
+    if (!this.#streamsBack)
+      this.#copier.copy(this.#onHost(earlier, blocks), { frames: this.#frames(0), pages: earlier }, { layers }, compute);
+  }
+
+  /** Issues one chunk. */
+  chunk(chunk: Chunk): void {
+    const { cache, compute, device, digestKind, network, waits } = this.#d;
+    const { layers, pageSize } = cache.geometry;
+    const { blocks, ids, start } = chunk;
+    const act = this.#act;
+    const n = ids.length;
+    const firstPage = Math.floor(start / pageSize);
+    const finished = range(firstPage, Math.floor((start + n) / pageSize));
+    const last = this.#stored[layers - 1] as Event;
+    compute.write(this.#tokens, ids);
+    compute.write(this.#positions, Int32Array.from(range(start, start + n)));
+    network.embed(act, this.#tokens.address, n, compute);
+    for (let layer = 0; layer < layers; layer++) {
+      const frames = this.#frames(layer);
+      const extent = { layer, layers: 1 };
+      network.qkv(this.#dense, act, layer, n);
+      this.#dense.run();
+      network.rope(act, layer, this.#positions.address, n, compute);
+      if (this.#streamsBack) this.#streamBack(layer, firstPage, blocks, start > 0);
+      if (chunk.partial) this.#copier.copy(chunk.partial, { frames, pages: [firstPage] }, { ...extent, tokens: start % pageSize }, compute);
+      const params = pack.fkv_prefill_params({ layer, start, n, qkv: act.qkv, out: act.attended, frames });
+      device.lib.fkv_prefill_append(cache.packed, params, compute.handle);
+      compute.record(this.#appended[layer] as Event);
+      waits.on(this.#store, this.#appended[layer] as Event, "store-after-append");
+      const made = { frames, pages: finished };
+      const kept = this.#onHost(finished, blocks);
+      this.#copier.copy(made, kept, extent, this.#store);
+      this.#copier.digest(made, kept.pages, digestKind, extent, this.#store);
+      this.#store.record(this.#stored[layer] as Event);
+      device.lib.fkv_prefill_attend(cache.packed, params, compute.handle);
+      if (chunk.lane) this.#leave(chunk.lane, layer, start + n, n - 1);
+      network.project(this.#dense, act, layer, n);
+      this.#dense.run();
+    }
+    if (!chunk.lane) return;
+    network.logits(this.#dense, act.x + 4 * (n - 1) * network.config.hidden, chunk.lane.logits, 1);
+    this.#dense.run();
+    waits.on(compute, last, "fill-after-store");
+  }
+
+  /** Of an abandoned prompt: compute waits for what still goes to blocks that someone else may get now. */
+  settle(): void {
+    const { compute } = this.#d;
+    const settled = this.#appended[0] as Event;
+    this.#store.record(settled);
+    compute.wait(settled);
+  }
+
+  /** Brings all earlier pages of one layer, once they are on the host and the workspace's half is free. */
+  #streamBack(layer: number, firstPage: number, blocks: readonly number[], continued: boolean): void {
+    const { cache, compute, waits } = this.#d;
+    const before = layer >= 2 ? layer - 2 : layer === 0 && continued ? cache.geometry.layers - 1 : -1;
+    if (before >= 0) waits.on(compute, this.#stored[before] as Event, "load-after-store");
+    const earlier = range(0, firstPage);
+    this.#copier.copy(this.#onHost(earlier, blocks), { frames: this.#frames(layer), pages: earlier }, { layer, layers: 1 }, compute);
+  }
+
+  /** For decoding: the last token's q, and the page that it leaves incomplete. */
+  #leave(lane: Lane, layer: number, end: number, row: number): void {
+    const { cache, compute, network } = this.#d;
+    const { headDim, heads, pageSize } = cache.geometry;
+    const bytes = 4 * heads * headDim;
+    compute.copy(lane.qPrev + layer * bytes, this.#act.qkv + 4 * row * network.qkvWidth, bytes);
+    if (end % pageSize === 0) return;
+    const page = Math.floor(end / pageSize);
+    this.#copier.copy({ frames: this.#frames(layer), pages: [page] }, lane.pages(cache, [page]), { layer, layers: 1, tokens: end % pageSize }, compute);
+  }
+
+  #onHost(pages: readonly number[], blocks: readonly number[]): Pages {
+    return { frames: this.#d.cache.hostFrames, pages: pages.map((p) => blocks[p] as number) };
+  }
+
+  /** The workspace as frames of `layer`, page p at index p. */
+  #frames(layer: number): Frames {
+    const { cache } = this.#d;
+    const base = (this.#workspace as DeviceBuffer).address;
+    const frames = cache.deviceFrames(base, this.#pages);
+    if (!this.#streamsBack) return frames;
+    return { ...frames, base: base + (layer % this.#heldLayers) * frames.layer, layer: 0 };
+  }
+
+  [Symbol.dispose](): void {
+    for (const event of [...this.#appended, ...this.#stored]) event[Symbol.dispose]();
+    for (const part of [this.#workspace, this.#positions, this.#tokens, this.#dense, this.#act, this.#store]) part?.[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,226 @@
+// One sequence as the engine keeps it: its lane, its blocks, its tokens, and every way to make or change it. Everything here is
+// issued in the order of the compute stream, after whatever still runs beside it, so nothing has to be waited for on the host.
+import type { Core } from "./core.ts";
+import { type Pages, range } from "./copier.ts";
+import { FreeKVError } from "./errors.ts";
+import { Lane } from "./lane.ts";
+import type { Policy } from "./options.ts";
+import { chunkTokens } from "./prefill.ts";
+import { Tally } from "./tally.ts";
+import type { Stats, TaskOptions } from "./types.ts";
+
+export class State {
+  readonly core: Core;
+  readonly policy: Policy;
+  readonly tally: Tally = new Tally();
+  /** Tokens whose K and V are in the cache, or under way. */
+  readonly ids: number[] = [];
+  /** Blocks of complete pages and of the page that is being filled. */
+  readonly blocks: number[] = [];
+  readonly #index: number;
+  #lane: Lane | null = null;
+  released = false;
+
+  /** Errors: BUSY where no sequence is free; BAD_ARGUMENT from the policy's plan. */
+  constructor(core: Core, policy: Policy) {
+    core.plan(policy);
+    const index = core.takeLane();
+    if (index === undefined)
+      throw new FreeKVError("BUSY", `all ${core.options.maxSequences} sequences are alive; dispose one or raise maxSequences`);
+    this.core = core;
+    this.policy = policy;
+    this.#index = index;
+  }
+
+  get length(): number {
+    return this.ids.length;
+  }
+  get lane(): Lane {
+    return this.#lane as Lane;
+  }
+
+  /** Appends a prompt through prefill; on failure or abort the sequence is as before. */
+  async append(ids: Int32Array, task: TaskOptions): Promise<void> {
+    const change = this.#begin(ids.length);
+    try {
+      const chunks = [...this.#chunks(change, ids)];
+      let before: Promise<void> | undefined;
+      for (const [i, issue] of chunks.entries()) {
+        task.signal?.throwIfAborted();
+        const end = issue();
+        const done = this.core.reached();
+        await before; // one chunk computes while the next one is issued
+        before = done.then(() => task.onProgress?.({ phase: "prefill", done: end, total: ids.length, unit: "tokens" }));
+        if (i === chunks.length - 1) await before;
+      }
+      this.#commit(change, ids);
+    } catch (error) {
+      this.#abandon(change);
+      throw error;
+    }
+  }
+
+  /** A child with its own policy: completed pages are shared. */
+  fork(policy: Policy): State {
+    const { core } = this;
+    const { compute } = core.decoder;
+    const child = new State(core, policy);
+    try {
+      core.orchestration.quiesce();
+      const lane = child.#newLane(this.length);
+      child.#lane = lane;
+      const full = Math.floor(this.length / core.geometry.pageSize);
+      const shared = this.blocks.slice(0, full);
+      const own = this.length % core.geometry.pageSize ? core.pool.reserve(1, compute) : [];
+      core.pool.retain(shared);
+      child.blocks.push(...shared, ...own);
+      for (const id of this.ids) child.ids.push(id);
+      this.#hand(lane);
+      core.fill(lane, this.length, child.blocks);
+      return child;
+    } catch (error) {
+      child.release();
+      throw error;
+    }
+  }
+
+  /** Keeps the first `length` tokens; the last of them is computed anew, for its q and its logits. */
+  truncate(length: number): void {
+    if (length === this.length) return;
+    const { core } = this;
+    const { pageSize } = core.geometry;
+    const { compute } = core.decoder;
+    core.orchestration.quiesce();
+    const keep = length - 1;
+    const full = Math.floor(keep / pageSize);
+    const token = this.ids[keep] as number;
+    const [own] = core.pool.reserve(1, compute) as [number];
+    const lane = this.#newLane(length);
+    const old = this.#lane as Lane;
+    const partial = keep % pageSize === 0 ? null
+      : this.length >= (full + 1) * pageSize ? { frames: core.cache.hostFrames, pages: [this.blocks[full] as number] } : old.pages(core.cache, [full]);
+    const blocks = [...this.blocks.slice(0, full), own];
+    core.prefill.begin(length, keep, blocks);
+    core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
+    core.pool.release(this.blocks.splice(full));
+    this.blocks.push(own);
+    this.ids.length = length;
+    this.#replace(lane);
+    core.fill(lane, length, this.blocks);
+  }
+
+  /** Reserves the block of the next position and, where every page has a frame, makes room for it. Returns the block. */
+  reserve(): number {
+    const { core } = this;
+    const page = Math.floor(this.length / core.geometry.pageSize);
+    if (page === this.blocks.length) this.blocks.push(...core.pool.reserve(1, core.decoder.compute));
+    if (this.lane.plan.resident && page >= this.lane.nFrames) this.#grow();
+    return this.blocks[page] as number;
+  }
+
+  stats(): Stats {
+    const { geometry } = this.core;
+    const plan = this.core.plan(this.policy);
+    const digests = plan.k > 0 ? this.blocks.length * geometry.digestBytes : 0;
+    return this.tally.stats(plan, geometry, (this.#lane?.frameBytes ?? 0) + digests, this.length);
+  }
+
+  release(): void {
+    if (this.released) return;
+    this.released = true;
+    this.core.orchestration.quiesce();
+    this.core.pool.release(this.blocks.splice(0));
+    if (this.#lane) this.core.laneMemory.give(this.#lane.memory);
+    this.core.giveLane(this.#index);
+  }
+
+  #begin(tokens: number): { lane: Lane; blocks: number[]; start: number; partial: Pages | null } {
+    const { core } = this;
+    const { pageSize } = core.geometry;
+    const start = this.length;
+    const total = start + tokens;
+    core.orchestration.quiesce();
+    const added = core.pool.reserve(Math.ceil(total / pageSize) - this.blocks.length, core.decoder.compute);
+    try {
+      const lane = this.#newLane(total);
+      core.prefill.begin(total, start, this.blocks);
+      const partial = start % pageSize ? this.lane.pages(core.cache, [Math.floor(start / pageSize)]) : null;
+      return { lane, blocks: added, start, partial };
+    } catch (error) {
+      core.pool.release(added);
+      throw error;
+    }
+  }
+
+  *#chunks(change: { lane: Lane; blocks: number[]; start: number; partial: Pages | null }, ids: Int32Array): Generator<() => number> {
+    const { start, lane } = change;
+    const blocks = [...this.blocks, ...change.blocks];
+    const total = start + ids.length;
+    for (let at = start; at < total; ) {
+      const from = at;
+      const end = Math.min(total, (Math.floor(from / chunkTokens) + 1) * chunkTokens);
+      yield () => {
+        this.core.prefill.chunk({
+          start: from,
+          ids: ids.slice(from - start, end - start),
+          blocks,
+          partial: from === start ? change.partial : null,
+          lane: end === total ? lane : null,
+        });
+        return end - start;
+      };
+      at = end;
+    }
+  }
+
+  #commit(change: { lane: Lane; blocks: number[] }, ids: Int32Array): void {
+    this.core.orchestration.quiesce();
+    this.blocks.push(...change.blocks);
+    for (const id of ids) this.ids.push(id);
+    this.#replace(change.lane);
+    this.core.fill(change.lane, this.length, this.blocks);
+  }
+
+  #abandon(change: { lane: Lane; blocks: number[] }): void {
+    this.core.prefill.settle();
+    this.core.pool.release(change.blocks);
+    this.core.laneMemory.give(change.lane.memory);
+  }
+
+  /** Memory for `length` tokens and some more, not yet installed. */
+  #newLane(length: number): Lane {
+    const { core } = this;
+    const { maxPages, pageSize } = core.geometry;
+    const pages = Math.min(maxPages, Math.ceil((length * 1.25) / pageSize) + 8);
+    const { compute } = core.decoder;
+    return new Lane(core.cache, core.laneMemory, this.#index, core.plan(this.policy), this.policy.tau, pages, core.network.config.vocab, compute);
+  }
+
+  #replace(lane: Lane): void {
+    if (this.#lane) this.core.laneMemory.give(this.#lane.memory);
+    this.#lane = lane;
+  }
+
+  /** q, logits and the incomplete page of this sequence → another lane. */
+  #hand(lane: Lane): void {
+    const { core } = this;
+    const { geometry: g } = core;
+    const { compute } = core.decoder;
+    compute.copy(lane.qPrev, this.lane.qPrev, 4 * g.layers * g.heads * g.headDim);
+    compute.copy(lane.logits, this.lane.logits, 4 * core.network.config.vocab);
+    const tokens = this.length % g.pageSize;
+    const page = [Math.floor(this.length / g.pageSize)];
+    if (tokens) core.copier.copy(this.lane.pages(core.cache, page), lane.pages(core.cache, page), { layers: g.layers, tokens }, compute);
+  }
+
+  #grow(): void {
+    const { core } = this;
+    core.orchestration.quiesce();
+    const lane = this.#newLane(2 * this.length);
+    const pages = range(0, this.lane.nFrames);
+    core.copier.copy(this.lane.pages(core.cache, pages), lane.pages(core.cache, pages), { layers: core.geometry.layers }, core.decoder.compute);
+    this.#hand(lane);
+    this.#replace(lane);
+    lane.install(core.cache, this.blocks, core.decoder.compute);
+  }
+}

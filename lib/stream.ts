@@ -1,0 +1,188 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// Order of work on a device: streams, events that join them, graphs that replay them.
+
+import { setImmediate } from "node:timers";
+import type { JsMemory } from "../ffi/symbols.ts";
+import { badArgument, count, type DeviceContext, Handle } from "./context.ts";
+import { addressOf, bytesOf, type Memory } from "./memory.ts";
+
+/** Long enough that waiting burns no core, short enough that the event loop stays responsive. */
+const pollUs = 200;
+
+/** A point in a stream's work. */
+export class Event extends Handle {
+  /** Device.event makes them. */
+  constructor(context: DeviceContext) {
+    context.lib.fkv_event_create(context.u64, context.handle);
+    super(context, "event", Number(context.u64[0]));
+  }
+
+  get handle(): number {
+    return this.live;
+  }
+
+  /** Whether the work before its latest record is done. Errors, here and below: BAD_ARGUMENT if it was never recorded. */
+  query(): boolean {
+    const { context } = this;
+    context.lib.fkv_event_query(context.i32, this.live);
+    return context.i32[0] !== 0;
+  }
+
+  /** Block until it is done or `timeoutUs` microseconds have passed; whether it is done. */
+  wait(timeoutUs: number): boolean {
+    const { context } = this;
+    count("event.wait", "timeoutUs", timeoutUs);
+    context.lib.fkv_event_wait_sync(context.i32, this.live, timeoutUs);
+    return context.i32[0] !== 0;
+  }
+
+  /** Block until it is done. */
+  synchronize(): void {
+    while (!this.wait(1_000_000));
+  }
+
+  /** Resolves when it is done; other work of the event loop gets its turn in between. */
+  async done(): Promise<void> {
+    while (!this.wait(pollUs)) await new Promise<void>((resolve) => setImmediate(resolve));
+  }
+
+  /** Milliseconds of the device's clock from one event to another, both of them done. */
+  static elapsedMs(start: Event, end: Event): number {
+    const { context } = start;
+    context.lib.fkv_event_elapsed_ms(context.f32, start.live, end.live);
+    return context.f32[0] as number;
+  }
+
+  protected override free(handle: number): void {
+    this.context.lib.fkv_event_destroy(handle);
+  }
+}
+
+/** Work that was captured once and is launched as one. Stream.capture makes them. */
+export class Graph extends Handle {
+  constructor(context: DeviceContext, handle: number) {
+    super(context, "graph", handle);
+  }
+
+  get handle(): number {
+    return this.live;
+  }
+
+  protected override free(handle: number): void {
+    this.context.lib.fkv_graph_destroy(handle);
+  }
+}
+
+/** A queue of work; everything below returns before it has run, unless it says that it blocks. */
+export class Stream extends Handle {
+  /** Device.stream makes them. */
+  constructor(context: DeviceContext) {
+    context.lib.fkv_stream_create(context.u64, context.handle);
+    super(context, "stream", Number(context.u64[0]));
+  }
+
+  get handle(): number {
+    return this.live;
+  }
+
+  /**
+   * Copy `bytes` (all of src if absent) between device and pinned memory, or from JavaScript memory to the device, which
+   * is read before this returns and is refused during capture.
+   */
+  copy(dst: Memory, src: Memory | JsMemory, bytes?: number): void {
+    const n = bytes ?? bytesOf(src) ?? bytesOf(dst);
+    if (n === undefined) throw badArgument("stream.copy", "bytes must be given between two addresses");
+    checkFits("stream.copy", "dst", dst, n);
+    checkFits("stream.copy", "src", src, n);
+    this.context.lib.fkv_memcpy_async(addressOf(dst), source(src), n, this.live);
+  }
+
+  /** Copy `height` rows of `width` bytes, which lie `dstPitch` and `srcPitch` bytes apart. */
+  copy2d(
+    dst: Memory,
+    dstPitch: number,
+    src: Memory | JsMemory,
+    srcPitch: number,
+    width: number,
+    height: number,
+  ): void {
+    if (height > 0) {
+      checkFits("stream.copy2d", "dst", dst, dstPitch * (height - 1) + width);
+      checkFits("stream.copy2d", "src", src, srcPitch * (height - 1) + width);
+    }
+    const from = source(src);
+    this.context.lib.fkv_memcpy_2d_async(addressOf(dst), dstPitch, from, srcPitch, width, height, this.live);
+  }
+
+  /** Set `bytes` bytes (all of dst if absent) to `value`. */
+  memset(dst: Memory, value: number, bytes?: number): void {
+    const n = bytes ?? bytesOf(dst);
+    if (n === undefined) throw badArgument("stream.memset", "bytes must be given for an address");
+    checkFits("stream.memset", "dst", dst, n);
+    this.context.lib.fkv_memset_async(addressOf(dst), value, n, this.live);
+  }
+
+  /** Write up to 3072 bytes, taken from `src` now, to device memory when the stream gets there. */
+  write(dst: Memory, src: JsMemory): void {
+    checkFits("stream.write", "dst", dst, src.byteLength);
+    this.context.lib.fkv_write_async(addressOf(dst), src, src.byteLength, this.live);
+  }
+
+  /** Later work of this stream waits for `event`. Errors: BAD_ARGUMENT if it was never recorded. */
+  wait(event: Event): void {
+    this.context.lib.fkv_stream_wait_event(event.handle, this.live);
+  }
+
+  record(event: Event): void {
+    this.context.lib.fkv_event_record(event.handle, this.live);
+  }
+
+  /** Block until all work of this stream is done. */
+  synchronize(): void {
+    this.context.lib.fkv_stream_synchronize_sync(this.live);
+  }
+
+  /**
+   * A graph of what `issue` gives to this stream, and to streams that fork from it through events and join it again.
+   * Nothing of it runs. Errors: BAD_ARGUMENT for what a capture cannot hold.
+   */
+  capture(issue: () => void): Graph {
+    this.context.lib.fkv_capture_begin(this.live);
+    try {
+      const result: unknown = issue();
+      if (result instanceof Promise)
+        throw badArgument("stream.capture", "takes a function that is not async");
+    } catch (error) {
+      try {
+        this.#endCapture()[Symbol.dispose]();
+      } catch {
+        // A capture that failed half-way need not end well; what made it fail is the error to see.
+      }
+      throw error;
+    }
+    return this.#endCapture();
+  }
+
+  launch(graph: Graph): void {
+    this.context.lib.fkv_graph_launch(graph.handle, this.live);
+  }
+
+  #endCapture(): Graph {
+    const { context } = this;
+    context.lib.fkv_capture_end(context.u64, this.live);
+    return new Graph(context, Number(context.u64[0]));
+  }
+
+  protected override free(handle: number): void {
+    this.context.lib.fkv_stream_destroy_sync(handle);
+  }
+}
+
+function source(src: Memory | JsMemory): number | JsMemory {
+  return typeof src === "object" && "byteLength" in src ? src : addressOf(src);
+}
+
+function checkFits(call: string, name: string, memory: Memory | JsMemory, bytes: number): void {
+  const has = bytesOf(memory);
+  if (has !== undefined && bytes > has) throw badArgument(call, `${bytes} bytes, but ${name} has ${has}`);
+}

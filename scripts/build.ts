@@ -1,0 +1,120 @@
+// npm run build [twin] [js] [cuda]: without a word, all three. `npm start` and `npm test` build the twin alone,
+// which takes milliseconds when nothing has changed.
+//   twin  dist/native/<platform>-<arch>/libfreekv_cpu.so   portable: never -march=native
+//   js    dist/lib, dist/ffi                               JS, types and maps for Node and Deno
+//   cuda  dist/native/<platform>-<arch>/libfreekv_cuda.so  every architecture we compile for
+
+import { existsSync, readdirSync, rmSync } from "node:fs";
+import { join } from "node:path";
+import { BuildError, buildLibrary, findProgram, type Library, root, say } from "./native.ts";
+
+const include = `-I${join(root, "cuda")}`;
+
+function sources(dir: string, extension: string): string[] {
+  const full = join(root, dir);
+  const names = existsSync(full) ? readdirSync(full) : [];
+  const chosen = names.filter((name) => name.endsWith(extension)).sort();
+  return chosen.map((name) => join(full, name));
+}
+
+function cxx(): string {
+  // CXX chooses the compiler and nothing else: flags are ours, because results must not depend on them.
+  const wanted = process.env.CXX;
+  const names = wanted !== undefined && wanted !== "" ? [wanted] : ["g++", "c++", "clang++"];
+  const found = findProgram(names);
+  if (found !== undefined) return found;
+  const hint = process.platform === "darwin" ? "xcode-select --install" : "e.g. apt-get install g++";
+  throw new BuildError(
+    `no C++ compiler: ${names.join(", ")} not found; install one (${hint}) or set CXX to one`,
+    3,
+  );
+}
+
+function twin(): Library {
+  const machine = process.arch === "x64" ? ["-march=x86-64"] : [];
+  return {
+    name: "freekv_cpu",
+    title: "CPU twin",
+    sources: sources("cuda/cpu", ".cpp"),
+    compileFlags: [
+      ...["-std=c++20", "-O3", ...machine, "-fPIC", "-fvisibility=hidden", "-pthread"],
+      ...["-Wall", "-Wextra", "-Wno-psabi", include],
+    ],
+    linkFlags: ["-shared", "-pthread"],
+    compiler: cxx,
+  };
+}
+
+/** Real code for the data-centre and desktop chips we know of, and PTX of the newest for those to come. */
+const cudaArchitectures = ["80", "86", "89", "90", "100", "120"];
+
+function nvcc(): string {
+  const found = findProgram(["nvcc", "/usr/local/cuda/bin/nvcc"]);
+  if (found !== undefined) return found;
+  throw new BuildError(
+    "CUDA not compiled: no nvcc; install the CUDA toolkit (13 or later) and put nvcc on PATH",
+    3,
+  );
+}
+
+function cuda(): Library {
+  const newest = cudaArchitectures.at(-1);
+  return {
+    name: "freekv_cuda",
+    title: "CUDA library",
+    sources: sources("cuda", ".cu"),
+    compileFlags: [
+      ...["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", include],
+      ...cudaArchitectures.map((sm) => `-gencode=arch=compute_${sm},code=sm_${sm}`),
+      `-gencode=arch=compute_${newest},code=compute_${newest}`,
+    ],
+    linkFlags: ["-shared", "-cudart=static"],
+    compiler: nvcc,
+  };
+}
+
+async function buildJs(): Promise<void> {
+  const start = performance.now();
+  // A file that was removed from lib/ must not live on in the package.
+  for (const dir of ["lib", "ffi"]) rmSync(join(root, "dist", dir), { recursive: true, force: true });
+  const tsc = Bun.spawn([process.execPath, "node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json"], {
+    cwd: root,
+    stdio: ["ignore", "inherit", "inherit"],
+  });
+  if ((await tsc.exited) !== 0) throw new BuildError("the TypeScript could not be built", 1);
+  say(`JS and types built in ${((performance.now() - start) / 1000).toFixed(1)} s`);
+}
+
+async function buildNative(library: Library): Promise<void> {
+  if (library.sources.length === 0) say(`${library.title}: no source files, nothing to compile`);
+  else await buildLibrary(library);
+}
+
+const targets: Record<string, () => Promise<void>> = {
+  twin: () => buildNative(twin()),
+  js: buildJs,
+  cuda: () => buildNative(cuda()),
+};
+
+async function main(words: readonly string[]): Promise<number> {
+  const unknown = words.filter((word) => !(word in targets));
+  if (unknown.length > 0) {
+    say(`nothing is called ${unknown.join(", ")}; build takes ${Object.keys(targets).join(", ")}`);
+    return 2;
+  }
+  let code = 0;
+  for (const [name, build] of Object.entries(targets)) {
+    if (words.length > 0 && !words.includes(name)) continue;
+    try {
+      await build();
+    } catch (error) {
+      if (!(error instanceof BuildError)) throw error;
+      // The other targets are still worth having: no nvcc does not cost a twin.
+      say(error.message);
+      if (code !== 1) code = error.exitCode;
+    }
+  }
+  return code;
+}
+
+process.exit(await main(process.argv.slice(2)));
