@@ -37,12 +37,9 @@ export class HostOrchestration implements Disposable, Stages {
     decodeStep(this.#d, this, rows.length);
   }
 
-  /** Compute waits for everything that still runs beside it: before a sequence is made or changed. */
+  /** Compute waits for the recalls that still run beside it: before a sequence is made or changed. */
   quiesce(): void {
-    const { compute, side, waits } = this.#d;
     for (let layer = 0; layer < this.#speculations.length; layer++) this.awaitSpeculation(layer);
-    side.record(this.#branch);
-    waits.on(compute, this.#branch, "change-after-side");
   }
 
   prepare(layer: number): void {
@@ -94,7 +91,11 @@ export class HostOrchestration implements Disposable, Stages {
     if (finishes) device.lib.fkv_page_finish(cache.packed, digestKind, layer, rows, side.handle);
   }
 
-  join(): void {}
+  join(): void {
+    const { compute, side, waits } = this.#d;
+    side.record(this.#branch);
+    this.#stalled(() => waits.on(compute, this.#branch, "step-after-branch"));
+  }
 
   /** Counts the time that compute spends in what `work` issues. */
   #stalled(work: () => void): void {

@@ -13,7 +13,7 @@ export interface Stages {
   correct(layer: number): void;
   /** The others select for the next step and recall beside the rest of this one; a completed page goes to the host. */
   speculate(layer: number): void;
-  /** The end of the step: whatever must have finished beside it. */
+  /** What selects beside the step reads its control and adds to its counts: it ends before the step does. */
   join(): void;
 }
 

@@ -11,8 +11,8 @@ export function decodeStep(d: Decoder, stages: Stages, rows: number): void {
   for (let layer = 0; layer < d.network.config.layers; layer++) decodeLayer(d, stages, layer, rows);
   d.network.logits(d.dense, d.act.x, d.logits, rows);
   d.dense.run();
-  sample(d, d.logits, rows);
   stages.join();
+  sample(d, d.logits, rows);
 }
 
 /** Issues what precedes a generation: its first token, from the logits that its lane holds. */

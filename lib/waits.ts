@@ -8,10 +8,8 @@ export type WaitName =
   | "attend-after-correction"
   /** side → attention of this layer, which reads the slots that are about to change */
   | "speculate-after-attend"
-  /** compute → everything the side stream does in this step (captured) */
+  /** compute → everything the side stream does in this step, before the step's counts are told and its control is replaced */
   | "step-after-branch"
-  /** compute → the side stream, before a sequence is made or changed */
-  | "change-after-side"
   /** copy → the conversion that empties a staging buffer */
   | "fill-after-drain"
   /** convert → the copies that fill a staging buffer */

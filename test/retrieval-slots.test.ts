@@ -42,7 +42,7 @@ const layouts = [
 for (const layout of layouts) {
   const name = `gather brings host pages byte for byte, host ${layout.hostLayout} to device ${layout.deviceLayout}`;
   test(name, { timeout: 60_000 }, () => {
-    using walk = new Walk({ seed: 2, kvHeads: 3, pageSize: 32, lanes: [plan], rows: [freekv], ...layout });
+    using walk = new Walk({ seed: 2, kvHeads: 3, pageSize: 32, lanes: [plan], rows: [{ ...freekv, start: 700 }], ...layout });
     walk.first();
     for (let i = 0; i < 70; i++) walk.step();
     assertGreater(walk.totals.missesNow, 20);

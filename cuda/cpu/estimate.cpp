@@ -2,6 +2,7 @@
 // channel. Source: Quest §3; pooling over the group: FreeKV §4.
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "math.h"
@@ -161,7 +162,14 @@ FKV_VECTOR void pool(const fkv_cache& cache, const Unit& unit) {
   }
 }
 
-// The heads that have more candidates than they may select; `raw` and first_task are set, scores' memory is not.
+// Digests are found by block: a page without one would be read from outside the pool.
+void require_blocks(const int32_t* blocks, int64_t n) {
+  int32_t least = 0;
+  for (int64_t i = 0; i < n; ++i) least = std::min(least, blocks[i]);
+  if (least < 0) throw std::runtime_error("a candidate page has no host block");
+}
+
+// The heads that have more candidates than they may select; `raw` and `first_task` are still to be set.
 std::vector<Unit> units_of(const fkv_cache& cache, const fkv_workspace& workspace, const float* qkv, int32_t layer,
                            int32_t stage, int32_t n_rows) {
   std::vector<Unit> units;
@@ -171,13 +179,15 @@ std::vector<Unit> units_of(const fkv_cache& cache, const fkv_workspace& workspac
     if (lane == nullptr) continue;
     const int64_t n = n_candidates(*lane, target_length(row, stage), cache.page_size);
     if (n <= lane->k) continue;
+    const int32_t* blocks = cache.block_table + static_cast<int64_t>(row.sequence) * cache.max_pages + lane->sink_pages;
+    bool required = false;
     for (int32_t h = 0; h < cache.n_kv_heads; ++h) {
       const Query query = serves(cache, row, *lane, layer, i, h, stage);
       if (query == Query::none) continue;
-      const float* q =
-          query == Query::current ? group_query(cache, qkv, i, h) : group_query_before(cache, *lane, layer, h);
-      const int32_t* blocks =
-          cache.block_table + static_cast<int64_t>(row.sequence) * cache.max_pages + lane->sink_pages;
+      if (!required) require_blocks(blocks, n);
+      required = true;
+      const float* q = query == Query::current ? group_query(cache, qkv, i, h)
+                                               : group_query_before(cache, *lane, layer, h);
       units.push_back({q, blocks, nullptr, workspace.scores + miss_list(cache, i, h) * cache.max_pages, n, 0, h});
     }
   }

@@ -54,6 +54,8 @@ class Shards:
                 except queue.Empty:
                     return
                 try:
+                    if os.path.exists(self.path(length, i)):
+                        continue
                     make(bun, self.path(length, i), length, SHARD_TOKENS // length, seed * 1000003 + length * 1009 + i, filler)
                 except Exception as error:  # reported by the trainer's next batch
                     self.errors.append(error)

@@ -16,19 +16,25 @@ import torch
 
 import data
 import evaluate as ev
-from model import Needle, fastest_attention
+from model import CONFIG, Needle, fastest_attention
+from muon import Muon
 
-STEP_TOKENS = 65536
+#: Tokens a step: small steps while the look-up forms, which takes many; large ones on long documents.
+STEP_TOKENS = {256: 32768, 512: 32768, 1024: 32768, 2048: 65536, 4096: 65536, 8192: 65536, 16384: 65536}
 SHARES = {256: 0.10, 512: 0.08, 1024: 0.10, 2048: 0.14, 4096: 0.16, 8192: 0.20, 16384: 0.22}
 #: Shards (of 1 Mi tokens) per 1000 s of training. Early lengths are read faster than they are written, and repeat.
 QUOTA = {256: 140, 512: 120, 1024: 180, 2048: 200, 4096: 200, 8192: 200, 16384: 200}
 LANGUAGE_WEIGHT = 0.1
+#: A stage up to this length goes on, for up to three times its share, until this accuracy on answers' tokens.
+GATED, GATE = 1024, 0.97
 
 flags = argparse.ArgumentParser()
 flags.add_argument("--out", required=True)
 flags.add_argument("--seconds", type=float, default=900)
 flags.add_argument("--seed", type=int, default=1)
-flags.add_argument("--lr", type=float, default=1e-3)
+flags.add_argument("--lr", type=float, default=1e-3, help="AdamW's")
+flags.add_argument("--muon", type=float, default=0.0, help="Muon's learning rate for hidden matrices; 0: AdamW for all")
+flags.add_argument("--lengths", type=int, default=16384, help="train no longer than this, and do not evaluate if below 16384")
 flags.add_argument("--bun", default="bun")
 flags.add_argument("--work", default="/dev/shm/train-demo")
 flags.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -60,6 +66,12 @@ if args.init:
 count = sum(p.numel() for p in model.parameters())
 log(f"{torch.cuda.get_device_name()} torch {torch.__version__}; {count} parameters, {2 * count} bytes in bf16; {vars(args)}")
 decayed = [p for p in model.parameters() if p.ndim == 2]
+muon = None
+if args.muon:
+    q, kv = CONFIG["heads"] * CONFIG["head_dim"], CONFIG["kv_heads"] * CONFIG["head_dim"]
+    stacked = dict(wqkv=(q, kv, kv), wgu=(CONFIG["mlp"], CONFIG["mlp"]), wo=(CONFIG["width"],), wd=(CONFIG["width"],))
+    muon = Muon([(l[name], sizes) for l in model.layers for name, sizes in stacked.items()], args.muon)
+    decayed = [model.embedding]
 plain = [p for p in model.parameters() if p.ndim < 2]
 optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05), dict(params=plain, weight_decay=0.0)],
                               lr=args.lr, betas=(0.9, 0.98), fused=True)
@@ -81,36 +93,42 @@ def eval_books(length, seed):
 
 def warm_up():
     """Compiles, which takes a while, before the clock starts."""
-    tokens = torch.zeros(4, STEP_TOKENS // 4, dtype=torch.long, device="cuda")
-    some = torch.ones(tokens.shape, device="cuda")
-    cos, sin = (y.repeat(4, 1) for y in model.angles(torch.arange(tokens.shape[1], device="cuda")))
-    loss, _ = model.loss(tokens, tokens, some, some, cos, sin, fastest_attention(*tokens.shape))
-    loss.backward()
+    for size in sorted(set(STEP_TOKENS.values())):
+        tokens = torch.zeros(2, size // 2, dtype=torch.long, device="cuda")
+        some = torch.ones(tokens.shape, device="cuda")
+        cos, sin = (y.repeat(2, 1) for y in model.angles(torch.arange(size // 2, device="cuda")))
+        loss, _ = model.loss(tokens, tokens, some, some, cos, sin, fastest_attention(*tokens.shape))
+        loss.backward()
+    if muon:
+        muon.step(0.0)
     optimizer.zero_grad(set_to_none=True)
-    first = next(iter(SHARES))
-    next(shards.batches(first, STEP_TOKENS // first))
+    next(shards.batches(256, 1))
     torch.cuda.synchronize()
     log("compiled; the first shard is here")
 
 
 def train():
     curve = csv.writer(open(f"{args.out}/curve.csv", "w", newline="", buffering=1))
-    curve.writerow("step seconds length lr tokens answer_loss language_loss answer_accuracy tokens_per_second shard".split())
+    curve.writerow("step seconds length lr_scale tokens answer_loss language_loss answer_accuracy tokens_per_second shard".split())
     step = tokens_seen = 0
     sums = torch.zeros(4, device="cuda")
     start = mark = saved = time.time()
-    done = 0.0
-    for length, share in SHARES.items():
-        documents = STEP_TOKENS // length
+    left = {length: share for length, share in SHARES.items() if length <= args.lengths}
+    for length in list(left):
+        step_tokens = STEP_TOKENS[length]
+        documents = step_tokens // length
         attention = fastest_attention(documents, length)
         cos, sin = (y.repeat(documents, 1) for y in model.angles(torch.arange(length, device="cuda")))
         batches = shards.batches(length, documents)
-        done += share
-        since = 0
-        while (elapsed := (time.time() - start) / args.seconds) < done:
-            lr = args.lr * min(1.0, (step + 1) / 100) * min(1.0, (1 - elapsed) / 0.4)
+        began = elapsed = (time.time() - start) / args.seconds
+        share = left[length] / sum(left.values()) * (1 - began)
+        del left[length]
+        since, accuracy = 0, 0.0
+        mark = time.time()
+        while elapsed < 1 and elapsed - began < share * (3 if left and length <= GATED and accuracy < GATE else 1):
+            scale = min(1.0, (step + 1) / 100) * max(0.0, min(1.0, (1 - elapsed) / 0.4))
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = args.lr * scale
             shard, batch = next(batches)
             tokens = (batch & data.ID).long()
             target = torch.roll(tokens, -1, 1)
@@ -124,16 +142,19 @@ def train():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
             optimizer.step()
+            if muon:
+                muon.step(scale)
             optimizer.zero_grad(set_to_none=True)
             sums += parts
             step += 1
             since += 1
-            tokens_seen += STEP_TOKENS
+            tokens_seen += step_tokens
             if since % 20 == 0:
                 answer_loss, right, answers, language = sums.tolist()
                 now = time.time()
-                row = (step, f"{now - start:.1f}", length, f"{lr:.2e}", tokens_seen, f"{answer_loss / answers:.4f}",
-                       f"{language / 20:.4f}", f"{right / answers:.4f}", round(20 * STEP_TOKENS / (now - mark)), shard)
+                accuracy = right / answers
+                row = (step, f"{now - start:.1f}", length, f"{scale:.3f}", tokens_seen, f"{answer_loss / answers:.4f}",
+                       f"{language / 20:.4f}", f"{accuracy:.4f}", round(20 * step_tokens / (now - mark)), shard)
                 curve.writerow(row)
                 if since % 100 == 0:
                     log(*row)
@@ -144,6 +165,7 @@ def train():
                 if now - saved > 45:
                     saved = now
                     torch.save(dict(model=model.state_dict(), step=step), f"{args.out}/last.pt")
+            elapsed = (time.time() - start) / args.seconds
         sums.zero_()
         log(f"length {length} done at step {step}")
     torch.cuda.synchronize()
@@ -174,5 +196,6 @@ def finish():
 
 warm_up()
 train()
-finish()
+if args.lengths == max(SHARES):
+    finish()
 log("done")
