@@ -5,9 +5,9 @@ import { read, size, write } from "../ffi/structs.ts";
 import { ringEntries } from "./cache.ts";
 import type { Core } from "./core.ts";
 import type { Event } from "./device.ts";
+import { sampleFirst } from "./model.ts";
 import { emptyRow, type Row, rowOf, type Sampling } from "./row.ts";
 import type { State } from "./state.ts";
-import { sampleFirst } from "./model.ts";
 
 export type Result = ReturnType<typeof read.fkv_result>;
 
@@ -97,7 +97,10 @@ export class Batch implements Disposable {
     if (this.#pumping) return;
     this.#pumping = true;
     try {
-      while ([...this.#runs].some((run) => run.waiting) || this.#inFlight.some(({ runs }) => runs.some((run) => run.drained))) {
+      while (
+        [...this.#runs].some((run) => run.waiting) ||
+        this.#inFlight.some(({ runs }) => runs.some((run) => run.drained))
+      ) {
         await new Promise((resolve) => setImmediate(resolve)); // whoever was just handed a token may ask for the next
         this.#launchAhead();
         const oldest = this.#inFlight[0];
@@ -140,7 +143,8 @@ export class Batch implements Disposable {
     if (able.length === 0) return;
     const bucket = 2 ** Math.ceil(Math.log2(able.length));
     const entry = (this.#step % ringEntries) * cache.maxRows;
-    for (let i = 0; i < bucket; i++) write.fkv_row(this.#control, (entry + i) * size.fkv_row, rows[i] ?? emptyRow);
+    for (let i = 0; i < bucket; i++)
+      write.fkv_row(this.#control, (entry + i) * size.fkv_row, rows[i] ?? emptyRow);
     if (draw) sampleFirst(decoder, bucket);
     else
       orchestration.step(
@@ -163,7 +167,13 @@ export class Batch implements Disposable {
     const block = state.reserve();
     const position = state.length;
     state.ids.push(launch.token ?? -1);
-    return rowOf(state.lane, { position, block, sampling, target: launch.target, ...(launch.token === null ? {} : { token: launch.token }) });
+    return rowOf(state.lane, {
+      position,
+      block,
+      sampling,
+      target: launch.target,
+      ...(launch.token === null ? {} : { token: launch.token }),
+    });
   }
 
   #deliver({ step, runs }: InFlight): void {

@@ -44,7 +44,11 @@ export class CapturedOrchestration implements Disposable, Stages {
   awaitSpeculation(): void {}
 
   correct(layer: number): void {
-    this.#retrieve(layer, FKV_NOW, this.#d.cache.now, { prepare: 1, finish: 0, stall: this.#d.cache.stall.address });
+    this.#retrieve(layer, FKV_NOW, this.#d.cache.now, {
+      prepare: 1,
+      finish: 0,
+      stall: this.#d.cache.stall.address,
+    });
   }
 
   speculate(layer: number): void {
@@ -63,7 +67,12 @@ export class CapturedOrchestration implements Disposable, Stages {
     device.lib.fkv_clock_stop(cache.stall.address, cache.stallMark.address, compute.handle);
   }
 
-  #retrieve(layer: number, stage: number, workspace: Workspace, o: { prepare: number; finish: number; stall: number }): void {
+  #retrieve(
+    layer: number,
+    stage: number,
+    workspace: Workspace,
+    o: { prepare: number; finish: number; stall: number },
+  ): void {
     const { act, cache, compute, device, digestKind, network, side } = this.#d;
     const params = pack.fkv_retrieve_params({
       layer,

@@ -34,7 +34,9 @@ export class PageCopier implements Disposable {
 
   /** Page i of `src` → page i of `dst`, the same layers of both. */
   copy(src: Pages, dst: Pages, extent: Extent, stream: Stream): void {
-    this.#calls(src, dst, extent, (params) => this.#device.lib.fkv_pages_copy(this.#cache.packed, params, stream.handle));
+    this.#calls(src, dst, extent, (params) =>
+      this.#device.lib.fkv_pages_copy(this.#cache.packed, params, stream.handle),
+    );
   }
 
   /** Digests of complete pages of `src` → those of the blocks. */

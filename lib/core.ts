@@ -4,7 +4,6 @@ import { FKV_FIRST, FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
 import { pack } from "../ffi/structs.ts";
 import { Cache } from "./cache.ts";
 import { CapturedOrchestration } from "./captured.ts";
-import type { Checkpoint } from "./weights.ts";
 import { PageCopier } from "./copier.ts";
 import { Check } from "./correct.ts";
 import type { Decoder } from "./decoder.ts";
@@ -14,8 +13,8 @@ import { dtypeCode, type Geometry, geometryOf } from "./geometry.ts";
 import { HostOrchestration } from "./host.ts";
 import { type Lane, LaneMemory } from "./lane.ts";
 import { Activations, Network } from "./network.ts";
-import { HostPool } from "./pages.ts";
 import type { Policy } from "./options.ts";
+import { HostPool } from "./pages.ts";
 import { type Plan, planOf } from "./plan.ts";
 import { Prefill } from "./prefill.ts";
 import { GatherRecall, type Recall } from "./recall.ts";
@@ -24,7 +23,8 @@ import { StagedRecall } from "./recall-staged.ts";
 import { rowOf } from "./row.ts";
 import { select } from "./select.ts";
 import type { EngineOptions, TaskOptions } from "./types.ts";
-import { Waits, type WaitName } from "./waits.ts";
+import { type WaitName, Waits } from "./waits.ts";
+import type { Checkpoint } from "./weights.ts";
 
 export type CoreOptions = Omit<EngineOptions, keyof TaskOptions> & {
   maxContext: number;
@@ -54,7 +54,13 @@ export class Core implements Disposable {
   readonly #freeLanes: number[];
   readonly #owned: DisposableStack;
 
-  private constructor(device: Device, compute: Stream, network: Network, o: CoreOptions, owned: DisposableStack) {
+  private constructor(
+    device: Device,
+    compute: Stream,
+    network: Network,
+    o: CoreOptions,
+    owned: DisposableStack,
+  ) {
     const { config } = network;
     const recall = o.recall ?? "gather";
     this.device = device;
@@ -97,7 +103,9 @@ export class Core implements Disposable {
       network,
       cache: this.cache,
       act: owned.use(new Activations(device, config, maxRows)),
-      dense: owned.use(new DenseQueue(device, compute, { dtype, eps: config.eps, split, maxRows, ...network.widest })),
+      dense: owned.use(
+        new DenseQueue(device, compute, { dtype, eps: config.eps, split, maxRows, ...network.widest }),
+      ),
       logits: owned.use(device.alloc(4 * config.vocab * maxRows)).address,
       compute,
       side: owned.use(device.stream()),
@@ -107,15 +115,24 @@ export class Core implements Disposable {
       digestKind: o.digest === "arkvale" ? 1 : 0,
     };
     this.copier = owned.use(new PageCopier(device, this.cache));
-    this.prefill = owned.use(new Prefill(this.decoder, this.copier, { split, dtype, prefillKv: o.prefillKv ?? "device" }));
+    this.prefill = owned.use(
+      new Prefill(this.decoder, this.copier, { split, dtype, prefillKv: o.prefillKv ?? "device" }),
+    );
     this.laneMemory = owned.use(new LaneMemory(device));
     const captured = (o.orchestration ?? (recall === "gather" ? "captured" : "host")) === "captured";
-    this.orchestration = owned.use(captured ? new CapturedOrchestration(this.decoder) : new HostOrchestration(this.decoder));
+    this.orchestration = owned.use(
+      captured ? new CapturedOrchestration(this.decoder) : new HostOrchestration(this.decoder),
+    );
     this.#freeLanes = Array.from({ length: o.maxSequences }, (_, i) => o.maxSequences - 1 - i);
   }
 
   /** Uploads a checkpoint; the core owns the device from here on, also when this fails. */
-  static async load(device: Device, checkpoint: Checkpoint, options: CoreOptions, task: TaskOptions): Promise<Core> {
+  static async load(
+    device: Device,
+    checkpoint: Checkpoint,
+    options: CoreOptions,
+    task: TaskOptions,
+  ): Promise<Core> {
     using owned = new DisposableStack();
     owned.use(device);
     const compute = owned.use(device.stream());
@@ -147,7 +164,9 @@ export class Core implements Disposable {
     const { cache, copier, geometry } = this;
     const { compute, waits, recall, device, act } = this.decoder;
     lane.install(cache, blocks, compute);
-    const held = lane.pagesHeld(length, geometry.pageSize).filter((p) => (p + 1) * geometry.pageSize <= length);
+    const held = lane
+      .pagesHeld(length, geometry.pageSize)
+      .filter((p) => (p + 1) * geometry.pageSize <= length);
     copier.copy(
       { frames: cache.hostFrames, pages: held.map((p) => blocks[p] as number) },
       lane.pages(cache, held),
@@ -157,7 +176,14 @@ export class Core implements Disposable {
     if (lane.plan.speculation !== FKV_SPECULATE_NEXT) return;
     const row = rowOf(lane, { position: length });
     compute.write(cache.first, new Uint8Array(pack.fkv_row(row)));
-    device.lib.fkv_control_load(cache.packed, cache.first.address, cache.zeroStep.address, 1, 1, compute.handle);
+    device.lib.fkv_control_load(
+      cache.packed,
+      cache.first.address,
+      cache.zeroStep.address,
+      1,
+      1,
+      compute.handle,
+    );
     for (let layer = 0; layer < geometry.layers; layer++) {
       select(device, cache, cache.next, act.qkv, layer, FKV_FIRST, 1, compute);
       waits.on(compute, recall.start(cache.next, layer, [lane], compute).event(), "attend-after-speculation");

@@ -13,7 +13,11 @@ export interface Linear {
   readonly nOut: number;
   readonly k: number;
 }
-export const epilogue: Readonly<Record<"store" | "add" | "swiglu", number>> = { store: FKV_STORE, add: FKV_ADD, swiglu: FKV_SWIGLU };
+export const epilogue: Readonly<Record<"store" | "add" | "swiglu", number>> = {
+  store: FKV_STORE,
+  add: FKV_ADD,
+  swiglu: FKV_SWIGLU,
+};
 
 const maxQueued = 8;
 
@@ -29,7 +33,11 @@ export class DenseQueue implements Disposable {
   #rows = 0;
 
   /** `split`: every phase is a launch of its own. Scratch serves up to maxRows rows of the widest shapes. */
-  constructor(device: Device, stream: Stream, o: { dtype: number; eps: number; split: boolean; maxRows: number; maxK: number; maxOut: number }) {
+  constructor(
+    device: Device,
+    stream: Stream,
+    o: { dtype: number; eps: number; split: boolean; maxRows: number; maxK: number; maxOut: number },
+  ) {
     this.#device = device;
     this.#stream = stream;
     this.#dtype = o.dtype;
@@ -41,7 +49,15 @@ export class DenseQueue implements Disposable {
   }
 
   /** Queues y = epilogue(linear(x)) for `rows` rows; strides in floats. */
-  add(linear: Linear, kind: number, x: number, xStride: number, y: number, yStride: number, rows: number): void {
+  add(
+    linear: Linear,
+    kind: number,
+    x: number,
+    xStride: number,
+    y: number,
+    yStride: number,
+    rows: number,
+  ): void {
     if (this.#queued && this.#rows !== rows) this.run();
     this.#rows = rows;
     pack.fkv_phase(
@@ -68,7 +84,13 @@ export class DenseQueue implements Disposable {
   /** Launches what is queued. */
   run(): void {
     if (this.#queued === 0) return;
-    this.#device.lib.fkv_dense_chain(this.#phases, this.#queued, this.#rows, this.#scratch.address, this.#stream.handle);
+    this.#device.lib.fkv_dense_chain(
+      this.#phases,
+      this.#queued,
+      this.#rows,
+      this.#scratch.address,
+      this.#stream.handle,
+    );
     this.#queued = 0;
   }
 

@@ -7,13 +7,30 @@ import { Core, type CoreOptions } from "./core.ts";
 import { Device } from "./device.ts";
 import { FreeKVError } from "./errors.ts";
 import { TokenStream } from "./generation.ts";
-import { defaultPolicy, type Policy, parseEngineOptions, parsePolicyAndGenerate, parsePolicyOptions, resolvePolicy } from "./options.ts";
+import {
+  defaultPolicy,
+  type Policy,
+  parseEngineOptions,
+  parsePolicyAndGenerate,
+  parsePolicyOptions,
+  resolvePolicy,
+} from "./options.ts";
 import { planOf } from "./plan.ts";
 import { type Host, Sequence } from "./sequence.ts";
 import { State } from "./state.ts";
 import { sumStats } from "./tally.ts";
 import { loadTokenizer, type Tokenizer as TextTokenizer } from "./tokenizer.ts";
-import type { EngineOptions, EngineStats, GenerateOptions, Generation, ModelInfo, PolicyOptions, Prompt, TaskOptions, Tokenizer } from "./types.ts";
+import type {
+  EngineOptions,
+  EngineStats,
+  GenerateOptions,
+  Generation,
+  ModelInfo,
+  PolicyOptions,
+  Prompt,
+  TaskOptions,
+  Tokenizer,
+} from "./types.ts";
 import { openCheckpoint } from "./weights.ts";
 
 /** Concurrent calls share steps: `Promise.all(prompts.map((p) => engine.generate(p).text()))` is one batch. */
@@ -66,7 +83,11 @@ export class Engine implements AsyncDisposable {
     const tokenizer = await loadTokenizer(folderPath(dir)).catch((error: FreeKVError) => error);
     const { device, libraryPath, debug, twin } = own;
     const opened = Device.open({ device: device as "auto" | undefined, libraryPath, debug, ...twin });
-    return new Engine(await Core.load(opened, checkpoint, coreOptions, { signal, onProgress }), policy, tokenizer);
+    return new Engine(
+      await Core.load(opened, checkpoint, coreOptions, { signal, onProgress }),
+      policy,
+      tokenizer,
+    );
   }
 
   /** Errors: BAD_CHECKPOINT where the folder's tokenizer.json is missing or malformed. */
@@ -118,7 +139,10 @@ export class Engine implements AsyncDisposable {
     this.#check();
     const core = this.#core;
     const ids = this.#encode(prompt, 0);
-    const state = new State(core, resolvePolicy(this.#policy, policy, core.geometry.pageSize, core.geometry.layers));
+    const state = new State(
+      core,
+      resolvePolicy(this.#policy, policy, core.geometry.pageSize, core.geometry.layers),
+    );
     try {
       await this.#prefill(state, ids, task);
     } catch (error) {
@@ -147,16 +171,26 @@ export class Engine implements AsyncDisposable {
       ids = this.#tokenizer.encode(prompt, { addBos: length === 0 });
     } else ids = Int32Array.from(prompt);
     const { contextLength, vocabSize } = this.model;
-    if (ids.length === 0) throw new FreeKVError("BAD_ARGUMENT", "the prompt has no tokens; give at least one");
-    const bad = ids.findIndex((id, i) => id < 0 || id >= vocabSize || (typeof prompt !== "string" && prompt[i] !== id));
+    if (ids.length === 0)
+      throw new FreeKVError("BAD_ARGUMENT", "the prompt has no tokens; give at least one");
+    const bad = ids.findIndex(
+      (id, i) => id < 0 || id >= vocabSize || (typeof prompt !== "string" && prompt[i] !== id),
+    );
     if (bad >= 0) {
       const shown = typeof prompt === "string" ? ids[bad] : prompt[bad];
-      throw new FreeKVError("BAD_ARGUMENT", `token ${bad} of the prompt is ${shown}; the vocabulary has ids 0 to ${vocabSize - 1}`);
+      throw new FreeKVError(
+        "BAD_ARGUMENT",
+        `token ${bad} of the prompt is ${shown}; the vocabulary has ids 0 to ${vocabSize - 1}`,
+      );
     }
     if (length + ids.length > contextLength)
-      throw new FreeKVError("CONTEXT_TOO_LONG", `${length + ids.length} tokens do not fit the context of ${contextLength}; shorten the prompt`, {
-        detail: { tokens: length + ids.length, contextLength },
-      });
+      throw new FreeKVError(
+        "CONTEXT_TOO_LONG",
+        `${length + ids.length} tokens do not fit the context of ${contextLength}; shorten the prompt`,
+        {
+          detail: { tokens: length + ids.length, contextLength },
+        },
+      );
     return ids;
   }
 
@@ -177,18 +211,32 @@ export class Engine implements AsyncDisposable {
 }
 
 /** Checks options against a model, before anything is loaded. Errors: BAD_ARGUMENT. */
-export function resolveEngine(config: ModelConfig, own: EngineOptions): { policy: Policy; core: CoreOptions } {
+export function resolveEngine(
+  config: ModelConfig,
+  own: EngineOptions,
+): { policy: Policy; core: CoreOptions } {
   const pageSize = own.pageSize ?? 32;
   const maxContext = own.maxContext ?? config.contextLength;
   if (maxContext > config.contextLength)
-    throw new FreeKVError("BAD_ARGUMENT", `maxContext ${maxContext} is over the model's limit of ${config.contextLength}`);
+    throw new FreeKVError(
+      "BAD_ARGUMENT",
+      `maxContext ${maxContext} is over the model's limit of ${config.contextLength}`,
+    );
   const recall = own.recall ?? "gather";
   if (own.orchestration === "captured" && recall !== "gather")
-    throw new FreeKVError("BAD_ARGUMENT", `recall "${recall}" is decided on the host; use orchestration "host" with it, or recall "gather"`);
+    throw new FreeKVError(
+      "BAD_ARGUMENT",
+      `recall "${recall}" is decided on the host; use orchestration "host" with it, or recall "gather"`,
+    );
   const policy = resolvePolicy(defaultPolicy, own, pageSize, config.layers);
   planOf(policy, pageSize, Math.ceil(maxContext / pageSize), own.slots);
   return {
     policy,
-    core: { ...own, maxContext, maxSequences: own.maxSequences ?? 8, hostBytes: own.hostBytes ?? Math.floor(0.8 * freemem()) },
+    core: {
+      ...own,
+      maxContext,
+      maxSequences: own.maxSequences ?? 8,
+      hostBytes: own.hostBytes ?? Math.floor(0.8 * freemem()),
+    },
   };
 }

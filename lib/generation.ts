@@ -1,6 +1,7 @@
 // A continuation, token by token: draws, decodes text, knows when to stop.
-import { type Batch, Run } from "./batch.ts";
+
 import type { Result } from "./batch.ts";
+import { type Batch, Run } from "./batch.ts";
 import { FreeKVError } from "./errors.ts";
 import type { State } from "./state.ts";
 import { StopFilter } from "./stop.ts";
@@ -24,7 +25,13 @@ export class TokenStream implements Generation {
   #read = false;
   #completion: Completion | null = null;
 
-  constructor(batch: Batch, source: Source, options: GenerateOptions, tokenizer: () => TextTokenizer | null, eos: readonly number[]) {
+  constructor(
+    batch: Batch,
+    source: Source,
+    options: GenerateOptions,
+    tokenizer: () => TextTokenizer | null,
+    eos: readonly number[],
+  ) {
     this.#batch = batch;
     this.#source = source;
     this.#options = options;
@@ -42,7 +49,8 @@ export class TokenStream implements Generation {
   }
 
   async *[Symbol.asyncIterator](): AsyncGenerator<Token, void, undefined> {
-    if (this.#read) throw new FreeKVError("BUSY", "a generation is read once; call generate() again for another");
+    if (this.#read)
+      throw new FreeKVError("BUSY", "a generation is read once; call generate() again for another");
     this.#read = true;
     const o = this.#options;
     o.signal?.throwIfAborted();
@@ -50,8 +58,16 @@ export class TokenStream implements Generation {
     const base = state.length;
     const room = state.core.options.maxContext - base;
     const limit = Math.min(o.maxTokens ?? 256, room);
-    const sampling = { temperature: o.temperature ?? 0, topP: o.topP ?? 1, topK: o.topK ?? 0, seed: o.seed ?? 0, nTop: o.logprobs ?? 0 };
-    const run = new Run(state, this.#source.keeps ? limit + 1 : limit, sampling, (i) => (i === 0 ? { draw: true } : { draw: false, token: null, target: -1 }));
+    const sampling = {
+      temperature: o.temperature ?? 0,
+      topP: o.topP ?? 1,
+      topK: o.topK ?? 0,
+      seed: o.seed ?? 0,
+      nTop: o.logprobs ?? 0,
+    };
+    const run = new Run(state, this.#source.keeps ? limit + 1 : limit, sampling, (i) =>
+      i === 0 ? { draw: true } : { draw: false, token: null, target: -1 },
+    );
     const stops = new Set([...(o.ignoreEos ? [] : this.#eos), ...(o.stopTokens ?? [])]);
     const writer = new Writer(this.#tokenizer(), typeof o.stop === "string" ? [o.stop] : (o.stop ?? []));
     const tokens: number[] = [];
@@ -91,7 +107,8 @@ export class TokenStream implements Generation {
     } finally {
       await this.#batch.finish(run);
       // An abort came before the token that is under way could be yielded.
-      if (interrupted && this.#source.keeps && state.length > base + tokens.length) state.truncate(base + tokens.length);
+      if (interrupted && this.#source.keeps && state.length > base + tokens.length)
+        state.truncate(base + tokens.length);
       this.#source.close();
     }
   }
@@ -114,7 +131,9 @@ class Writer {
 
 function tokenOf(result: Result, text: string, logprobs: number | undefined): Token {
   if (logprobs === undefined) return { id: result.token, text };
-  const top = result.top_id.slice(0, result.n_top).map((id, i) => ({ id, logprob: result.top_logprob[i] as number }));
+  const top = result.top_id
+    .slice(0, result.n_top)
+    .map((id, i) => ({ id, logprob: result.top_logprob[i] as number }));
   return { id: result.token, text, logprob: result.logprob, ...(logprobs > 0 ? { top } : {}) };
 }
 

@@ -71,6 +71,12 @@ export function geometryOf(o: GeometryOptions): Geometry {
     digestBytes,
     device: { layer: 0, frame: frameBytes, ...inFrame(o.layout) },
     host: { layer: frameBytes, frame: o.layers * frameBytes, ...inFrame(o.hostLayout) },
-    digests: { layer: o.kvHeads * 2 * rowBytes, frame: digestBytes, head: 2 * rowBytes, kv: rowBytes, row: 0 },
+    digests: {
+      layer: o.kvHeads * 2 * rowBytes,
+      frame: digestBytes,
+      head: 2 * rowBytes,
+      kv: rowBytes,
+      row: 0,
+    },
   };
 }

@@ -1,13 +1,20 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The host orchestration: TypeScript looks at flags and miss lists at each layer and decides. Any recall path.
-import { FKV_CORRECT_EXACT, FKV_CORRECT_THRESHOLD, FKV_NEXT, FKV_NOW, FKV_SPECULATE_LAZY, FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
+import {
+  FKV_CORRECT_EXACT,
+  FKV_CORRECT_THRESHOLD,
+  FKV_NEXT,
+  FKV_NOW,
+  FKV_SPECULATE_LAZY,
+  FKV_SPECULATE_NEXT,
+} from "../ffi/constants.ts";
 import type { Decoder } from "./decoder.ts";
 import type { Event } from "./device.ts";
 import type { Lane } from "./lane.ts";
 import type { Stages } from "./layer.ts";
+import { decodeStep } from "./model.ts";
 import type { InFlight } from "./recall.ts";
 import { select } from "./select.ts";
-import { decodeStep } from "./model.ts";
 
 /** A row as the host orchestration needs it: its lane, and whether this step's token completes a page. */
 export interface HostRow {
@@ -59,13 +66,18 @@ export class HostOrchestration implements Disposable, Stages {
   }
 
   check(layer: number): void {
-    if (this.#any((lane) => lane.plan.k > 0)) this.#d.check.run(this.#d.act.qkv, layer, this.#rows.length, this.#d.compute);
+    if (this.#any((lane) => lane.plan.k > 0))
+      this.#d.check.run(this.#d.act.qkv, layer, this.#rows.length, this.#d.compute);
   }
 
   correct(layer: number): void {
     const { check, compute, device, cache, act, recall, waits } = this.#d;
     const rows = this.#rows.length;
-    const always = this.#any((l) => l.plan.k > 0 && (l.plan.correction === FKV_CORRECT_EXACT || l.plan.speculation === FKV_SPECULATE_LAZY));
+    const always = this.#any(
+      (l) =>
+        l.plan.k > 0 &&
+        (l.plan.correction === FKV_CORRECT_EXACT || l.plan.speculation === FKV_SPECULATE_LAZY),
+    );
     if (!always && !this.#any((l) => l.plan.correction === FKV_CORRECT_THRESHOLD)) return;
     this.#stalled(() => {
       if (!always && !check.anyFlagged(layer, rows, compute)) return;

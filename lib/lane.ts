@@ -42,7 +42,16 @@ export class Lane {
   readonly frameBytes: number;
 
   /** Takes memory and, in stream order, empties it. `pages` is how many pages a resident lane has room for. */
-  constructor(cache: Cache, memory: LaneMemory, index: number, plan: Plan, tau: number | readonly number[], pages: number, vocab: number, stream: Stream) {
+  constructor(
+    cache: Cache,
+    memory: LaneMemory,
+    index: number,
+    plan: Plan,
+    tau: number | readonly number[],
+    pages: number,
+    vocab: number,
+    stream: Stream,
+  ) {
     const g = cache.geometry;
     const heads = g.layers * g.kvHeads;
     this.index = index;
@@ -72,7 +81,10 @@ export class Lane {
     if (plan.slots) stream.memset(at + slotPage, 0xff, 4 * heads * plan.slots);
     if (plan.slots) stream.memset(at + slotUsed, 0, 4 * heads * plan.slots);
     stream.memset(at + nSelected, 0, 4 * heads);
-    stream.write(at + taus, Float32Array.from({ length: g.layers }, (_, l) => (typeof tau === "number" ? tau : (tau[l] as number))));
+    stream.write(
+      at + taus,
+      Float32Array.from({ length: g.layers }, (_, l) => (typeof tau === "number" ? tau : (tau[l] as number))),
+    );
     this.#packed = new Uint8Array(
       pack.fkv_lane({
         frames: this.frames,
@@ -115,14 +127,19 @@ export class Lane {
 
   /** Those pages as frames of this lane. */
   pages(cache: Cache, pages: readonly number[]): { frames: Frames; pages: number[] } {
-    return { frames: cache.deviceFrames(this.frames, this.nFrames), pages: pages.map((p) => this.frameOf(p)) };
+    return {
+      frames: cache.deviceFrames(this.frames, this.nFrames),
+      pages: pages.map((p) => this.frameOf(p)),
+    };
   }
 
   /** Complete and partial pages that the lane holds beside its slots, at `length` tokens. */
   pagesHeld(length: number, pageSize: number): number[] {
     const { plan } = this;
     const end = Math.ceil(length / pageSize);
-    const window = plan.resident ? 0 : Math.max(plan.sinkPages, Math.floor(length / pageSize) - plan.windowPages);
+    const window = plan.resident
+      ? 0
+      : Math.max(plan.sinkPages, Math.floor(length / pageSize) - plan.windowPages);
     const pages: number[] = [];
     for (let p = 0; p < end; p++) if (p < plan.sinkPages || p >= window) pages.push(p);
     return pages;

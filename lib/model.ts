@@ -23,7 +23,14 @@ export function sampleFirst(d: Decoder, rows: number): void {
 
 function loadControl(d: Decoder, rows: number): void {
   const { cache } = d;
-  d.device.lib.fkv_control_load(cache.packed, cache.control.address, cache.step.address, ringEntries, rows, d.compute.handle);
+  d.device.lib.fkv_control_load(
+    cache.packed,
+    cache.control.address,
+    cache.step.address,
+    ringEntries,
+    rows,
+    d.compute.handle,
+  );
 }
 
 function sample(d: Decoder, logits: number, rows: number): void {

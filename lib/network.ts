@@ -52,7 +52,12 @@ export class Network implements Disposable {
   readonly #head: Linear;
   readonly #invFreq: number;
 
-  private constructor(device: Device, config: ModelConfig, owned: DeviceBuffer[], at: (name: string) => number) {
+  private constructor(
+    device: Device,
+    config: ModelConfig,
+    owned: DeviceBuffer[],
+    at: (name: string) => number,
+  ) {
     this.config = config;
     this.#device = device;
     this.#owned = owned;
@@ -60,21 +65,44 @@ export class Network implements Disposable {
     this.#layers = Array.from({ length: config.layers }, (_, l) => {
       const of = (name: string): number => at(`layers.${l}.${name}`);
       return {
-        qkv: { weight: of("qkv"), bias: of("qkvBias"), norm: of("attnNorm"), nOut: qkvWidth(config), k: hidden },
+        qkv: {
+          weight: of("qkv"),
+          bias: of("qkvBias"),
+          norm: of("attnNorm"),
+          nOut: qkvWidth(config),
+          k: hidden,
+        },
         o: { weight: of("o"), bias: of("oBias"), norm: 0, nOut: hidden, k: heads * headDim },
-        gateUp: { weight: of("gateUp"), bias: of("gateUpBias"), norm: of("mlpNorm"), nOut: 2 * intermediate, k: hidden },
+        gateUp: {
+          weight: of("gateUp"),
+          bias: of("gateUpBias"),
+          norm: of("mlpNorm"),
+          nOut: 2 * intermediate,
+          k: hidden,
+        },
         down: { weight: of("down"), bias: of("downBias"), norm: 0, nOut: hidden, k: intermediate },
         qNorm: of("qNorm"),
         kNorm: of("kNorm"),
       };
     });
     this.#embed = at("embed");
-    this.#head = { weight: at(config.tied ? "embed" : "lmHead"), bias: 0, norm: at("norm"), nOut: config.vocab, k: hidden };
+    this.#head = {
+      weight: at(config.tied ? "embed" : "lmHead"),
+      bias: 0,
+      norm: at("norm"),
+      nOut: config.vocab,
+      k: hidden,
+    };
     this.#invFreq = at("invFreq");
   }
 
   /** Uploads a checkpoint through two pinned staging buffers: one fills from the file while the other is copied. */
-  static async load(device: Device, checkpoint: Checkpoint, stream: Stream, task: TaskOptions): Promise<Network> {
+  static async load(
+    device: Device,
+    checkpoint: Checkpoint,
+    stream: Stream,
+    task: TaskOptions,
+  ): Promise<Network> {
     const owned: DeviceBuffer[] = [];
     const addresses = new Map<string, number>();
     const own = (name: string, bytes: number): DeviceBuffer => {
@@ -124,7 +152,10 @@ export class Network implements Disposable {
   /** The widest shapes of a phase: what scratch is sized by. */
   get widest(): { maxK: number; maxOut: number } {
     const { hidden, intermediate, heads, headDim, vocab } = this.config;
-    return { maxK: Math.max(hidden, intermediate, heads * headDim), maxOut: Math.max(this.qkvWidth, 2 * intermediate, vocab) };
+    return {
+      maxK: Math.max(hidden, intermediate, heads * headDim),
+      maxOut: Math.max(this.qkvWidth, 2 * intermediate, vocab),
+    };
   }
   get qkvWidth(): number {
     return qkvWidth(this.config);
@@ -133,7 +164,16 @@ export class Network implements Disposable {
   /** x = embedding of device tokens. */
   embed(act: Activations, tokens: number, rows: number, stream: Stream): void {
     const { hidden, vocab, dtype } = this.config;
-    this.#device.lib.fkv_embed(act.x, tokens, this.#embed, dtypeCode[dtype], hidden, vocab, rows, stream.handle);
+    this.#device.lib.fkv_embed(
+      act.x,
+      tokens,
+      this.#embed,
+      dtypeCode[dtype],
+      hidden,
+      vocab,
+      rows,
+      stream.handle,
+    );
   }
 
   /** qkv = Wqkv·norm(x). */
@@ -156,7 +196,12 @@ export class Network implements Disposable {
   }
 
   /** Fields of `fkv_rope_params` for this layer: QK-norm and RoPE on qkv, positions an address of device int32. */
-  ropeFields(act: Activations, layer: number, positions: number, rows: number): Parameters<typeof pack.fkv_rope_params>[0] {
+  ropeFields(
+    act: Activations,
+    layer: number,
+    positions: number,
+    rows: number,
+  ): Parameters<typeof pack.fkv_rope_params>[0] {
     const { config } = this;
     const { qNorm, kNorm } = this.#layers[layer] as LayerWeights;
     return {
@@ -176,7 +221,10 @@ export class Network implements Disposable {
   }
 
   rope(act: Activations, layer: number, positions: number, rows: number, stream: Stream): void {
-    this.#device.lib.fkv_rope(pack.fkv_rope_params(this.ropeFields(act, layer, positions, rows)), stream.handle);
+    this.#device.lib.fkv_rope(
+      pack.fkv_rope_params(this.ropeFields(act, layer, positions, rows)),
+      stream.handle,
+    );
   }
 
   [Symbol.dispose](): void {

@@ -4,7 +4,8 @@ import { FreeKVError } from "./errors.ts";
 import type { EngineOptions, GenerateOptions, PolicyOptions } from "./types.ts";
 
 const count = (what: string) => z.int(`${what} must be a whole number`).min(0, `${what} must be 0 or more`);
-const positive = (what: string) => z.int(`${what} must be a whole number`).min(1, `${what} must be 1 or more`);
+const positive = (what: string) =>
+  z.int(`${what} must be a whole number`).min(1, `${what} must be 1 or more`);
 const tau = z.number().min(-1, "tau must be −1 or more").max(1, "tau must be at most 1");
 
 const policyShape = {
@@ -19,10 +20,15 @@ const policyShape = {
 };
 const taskShape = {
   signal: z.instanceof(AbortSignal).optional(),
-  onProgress: z.custom<(progress: never) => void>((f) => typeof f === "function", "onProgress must be a function").optional(),
+  onProgress: z
+    .custom<(progress: never) => void>((f) => typeof f === "function", "onProgress must be a function")
+    .optional(),
 };
 const engineShape = {
-  device: z.string().regex(/^(auto|cpu|cuda|cuda:\d+)$/, "device must be auto, cpu, cuda or cuda:N").optional(),
+  device: z
+    .string()
+    .regex(/^(auto|cpu|cuda|cuda:\d+)$/, "device must be auto, cpu, cuda or cuda:N")
+    .optional(),
   kvDtype: z.enum(["bf16", "f16", "f32"]).optional(),
   pageSize: z.literal([16, 32, 64], "page size must be 16, 32 or 64").optional(),
   digest: z.enum(["quest", "arkvale"]).optional(),
@@ -101,10 +107,13 @@ export const defaultPolicy: Policy = {
 /** `over` on top of `base`, checked against the page size and the number of layers. */
 export function resolvePolicy(base: Policy, over: PolicyOptions, pageSize: number, layers: number): Policy {
   const merged = { ...base } as Record<keyof Policy, unknown>;
-  for (const key of Object.keys(base) as (keyof Policy)[]) if (over[key] !== undefined) merged[key] = over[key];
+  for (const key of Object.keys(base) as (keyof Policy)[])
+    if (over[key] !== undefined) merged[key] = over[key];
   const p = merged as Policy;
   const bad = (message: string): never => {
-    throw new FreeKVError("BAD_ARGUMENT", message, { detail: { budget: p.budget, sink: p.sink, window: p.window, pageSize } });
+    throw new FreeKVError("BAD_ARGUMENT", message, {
+      detail: { budget: p.budget, sink: p.sink, window: p.window, pageSize },
+    });
   };
   for (const key of ["budget", "sink", "window"] as const)
     if (p[key] % pageSize !== 0) bad(`${key} ${p[key]} is not a multiple of the page size ${pageSize}`);
@@ -114,6 +123,8 @@ export function resolvePolicy(base: Policy, over: PolicyOptions, pageSize: numbe
         `raise --budget to at least ${p.sink + p.window + pageSize} or lower --sink or --window`,
     );
   if (typeof p.tau !== "number" && p.tau.length !== layers)
-    bad(`tau has ${p.tau.length} values, but the model has ${layers} layers; give one number or one per layer`);
+    bad(
+      `tau has ${p.tau.length} values, but the model has ${layers} layers; give one number or one per layer`,
+    );
   return p;
 }

@@ -95,6 +95,7 @@ export class HostPool implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    for (const buffer of [...this.#chunks, ...this.#digests, this.hostTable, this.digestTable]) buffer[Symbol.dispose]();
+    for (const buffer of [...this.#chunks, ...this.#digests, this.hostTable, this.digestTable])
+      buffer[Symbol.dispose]();
   }
 }

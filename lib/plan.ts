@@ -1,5 +1,12 @@
 // What a policy means for one sequence's memory and control: pure arithmetic, in pages.
-import { FKV_CORRECT_EXACT, FKV_CORRECT_OFF, FKV_CORRECT_THRESHOLD, FKV_SPECULATE_LAZY, FKV_SPECULATE_NEXT, FKV_SPECULATE_NONE } from "../ffi/constants.ts";
+import {
+  FKV_CORRECT_EXACT,
+  FKV_CORRECT_OFF,
+  FKV_CORRECT_THRESHOLD,
+  FKV_SPECULATE_LAZY,
+  FKV_SPECULATE_NEXT,
+  FKV_SPECULATE_NONE,
+} from "../ffi/constants.ts";
 import { FreeKVError } from "./errors.ts";
 import type { Policy } from "./options.ts";
 
@@ -25,7 +32,10 @@ export function planOf(p: Policy, pageSize: number, maxPages: number, engineSlot
   const selects = p.policy === "quest" || p.policy === "retrieve" || p.policy === "freekv";
   const k = selects ? Math.min((p.budget - p.sink - p.window) / pageSize, maxPages) : 0;
   if (engineSlots !== undefined && !resident && k > engineSlots)
-    throw new FreeKVError("BAD_ARGUMENT", `budget ${p.budget} selects ${k} pages a head, but the engine has ${engineSlots} slots; raise --slots or lower --budget`);
+    throw new FreeKVError(
+      "BAD_ARGUMENT",
+      `budget ${p.budget} selects ${k} pages a head, but the engine has ${engineSlots} slots; raise --slots or lower --budget`,
+    );
   const speculates = p.policy === "freekv";
   return {
     sinkPages,
@@ -34,9 +44,13 @@ export function planOf(p: Policy, pageSize: number, maxPages: number, engineSlot
     slots: resident || !selects ? 0 : Math.max(k, Math.min(engineSlots ?? 2 * k, maxPages)),
     resident,
     attendAll: p.policy === "full",
-    correction: !selects ? FKV_CORRECT_OFF
-      : !speculates || p.correction === "exact" ? FKV_CORRECT_EXACT
-        : p.correction === "threshold" ? FKV_CORRECT_THRESHOLD : FKV_CORRECT_OFF,
+    correction: !selects
+      ? FKV_CORRECT_OFF
+      : !speculates || p.correction === "exact"
+        ? FKV_CORRECT_EXACT
+        : p.correction === "threshold"
+          ? FKV_CORRECT_THRESHOLD
+          : FKV_CORRECT_OFF,
     speculation: !speculates ? FKV_SPECULATE_NONE : p.speculate ? FKV_SPECULATE_NEXT : FKV_SPECULATE_LAZY,
     prefetch: speculates ? p.prefetch : 0,
   };

@@ -40,14 +40,24 @@ export class Prefill implements Disposable {
   #workspace: DeviceBuffer | null = null;
   #pages = 0;
 
-  constructor(decoder: Decoder, copier: PageCopier, o: { split: boolean; dtype: number; prefillKv: "device" | "host" }) {
+  constructor(
+    decoder: Decoder,
+    copier: PageCopier,
+    o: { split: boolean; dtype: number; prefillKv: "device" | "host" },
+  ) {
     const { device, network } = decoder;
     const { config } = network;
     this.#d = decoder;
     this.#copier = copier;
     this.#store = device.stream();
     this.#act = new Activations(device, config, chunkTokens);
-    this.#dense = new DenseQueue(device, decoder.compute, { dtype: o.dtype, eps: config.eps, split: o.split, maxRows: chunkTokens, ...network.widest });
+    this.#dense = new DenseQueue(device, decoder.compute, {
+      dtype: o.dtype,
+      eps: config.eps,
+      split: o.split,
+      maxRows: chunkTokens,
+      ...network.widest,
+    });
     this.#tokens = device.alloc(4 * chunkTokens);
     this.#positions = device.alloc(4 * chunkTokens);
     this.#appended = range(0, config.layers).map(() => device.event());
@@ -77,7 +87,12 @@ export class Prefill implements Disposable {
     }
     const earlier = range(0, Math.floor(start / pageSize));
     if (!this.#streamsBack)
-      this.#copier.copy(this.#onHost(earlier, blocks), { frames: this.#frames(0), pages: earlier }, { layers }, compute);
+      this.#copier.copy(
+        this.#onHost(earlier, blocks),
+        { frames: this.#frames(0), pages: earlier },
+        { layers },
+        compute,
+      );
   }
 
   /** Issues one chunk. */
@@ -100,7 +115,13 @@ export class Prefill implements Disposable {
       this.#dense.run();
       network.rope(act, layer, this.#positions.address, n, compute);
       if (this.#streamsBack) this.#streamBack(layer, firstPage, blocks, start > 0);
-      if (chunk.partial) this.#copier.copy(chunk.partial, { frames, pages: [firstPage] }, { ...extent, tokens: start % pageSize }, compute);
+      if (chunk.partial)
+        this.#copier.copy(
+          chunk.partial,
+          { frames, pages: [firstPage] },
+          { ...extent, tokens: start % pageSize },
+          compute,
+        );
       const params = pack.fkv_prefill_params({ layer, start, n, qkv: act.qkv, out: act.attended, frames });
       device.lib.fkv_prefill_append(cache.packed, params, compute.handle);
       compute.record(this.#appended[layer] as Event);
@@ -135,7 +156,12 @@ export class Prefill implements Disposable {
     const before = layer >= 2 ? layer - 2 : layer === 0 && continued ? cache.geometry.layers - 1 : -1;
     if (before >= 0) waits.on(compute, this.#stored[before] as Event, "load-after-store");
     const earlier = range(0, firstPage);
-    this.#copier.copy(this.#onHost(earlier, blocks), { frames: this.#frames(layer), pages: earlier }, { layer, layers: 1 }, compute);
+    this.#copier.copy(
+      this.#onHost(earlier, blocks),
+      { frames: this.#frames(layer), pages: earlier },
+      { layer, layers: 1 },
+      compute,
+    );
   }
 
   /** For decoding: the last token's q, and the page that it leaves incomplete. */
@@ -146,7 +172,12 @@ export class Prefill implements Disposable {
     compute.copy(lane.qPrev + layer * bytes, this.#act.qkv + 4 * row * network.qkvWidth, bytes);
     if (end % pageSize === 0) return;
     const page = Math.floor(end / pageSize);
-    this.#copier.copy({ frames: this.#frames(layer), pages: [page] }, lane.pages(cache, [page]), { layer, layers: 1, tokens: end % pageSize }, compute);
+    this.#copier.copy(
+      { frames: this.#frames(layer), pages: [page] },
+      lane.pages(cache, [page]),
+      { layer, layers: 1, tokens: end % pageSize },
+      compute,
+    );
   }
 
   #onHost(pages: readonly number[], blocks: readonly number[]): Pages {
@@ -164,6 +195,7 @@ export class Prefill implements Disposable {
 
   [Symbol.dispose](): void {
     for (const event of [...this.#appended, ...this.#stored]) event[Symbol.dispose]();
-    for (const part of [this.#workspace, this.#positions, this.#tokens, this.#dense, this.#act, this.#store]) part?.[Symbol.dispose]();
+    for (const part of [this.#workspace, this.#positions, this.#tokens, this.#dense, this.#act, this.#store])
+      part?.[Symbol.dispose]();
   }
 }

@@ -44,7 +44,13 @@ export abstract class ListedRecall implements Recall {
     this.waits = waits;
     this.copies = device.stream();
     for (const workspace of [cache.now, cache.next]) {
-      this.#events.set(workspace, Array.from({ length: cache.geometry.layers }, () => ({ listed: device.event(), done: device.event() })));
+      this.#events.set(
+        workspace,
+        Array.from({ length: cache.geometry.layers }, () => ({
+          listed: device.event(),
+          done: device.event(),
+        })),
+      );
       this.#lists.set(workspace, []);
     }
   }
@@ -58,11 +64,24 @@ export abstract class ListedRecall implements Recall {
     const slots = Math.max(1, ...lanes.map((lane) => lane?.plan.slots ?? 0));
     const list = this.#list(workspace, layer, heads * (4 + slots * size.fkv_miss));
     on.copy(list, workspace.nMisses.address, 4 * heads);
-    on.copy2d(list.address + 4 * heads, slots * size.fkv_miss, workspace.misses.address, workspace.width * size.fkv_miss, slots * size.fkv_miss, heads);
-    const { listed, done } = this.#events.get(workspace)?.[layer] as { listed: Event; done: Event };
+    on.copy2d(
+      list.address + 4 * heads,
+      slots * size.fkv_miss,
+      workspace.misses.address,
+      workspace.width * size.fkv_miss,
+      slots * size.fkv_miss,
+      heads,
+    );
+    const events = this.#events.get(workspace) as { listed: Event; done: Event }[];
+    const { listed, done } = events[layer] as { listed: Event; done: Event };
     on.record(listed);
     const ticket: Ticket = {
-      layer, lanes, listed, done, list, issued: false,
+      layer,
+      lanes,
+      listed,
+      done,
+      list,
+      issued: false,
       event: () => {
         while (!ticket.issued) this.#issue(this.#queue.shift() as Ticket);
         return done;
@@ -134,7 +153,8 @@ export abstract class ListedRecall implements Recall {
   protected copyHeadPage(stream: Stream, dst: number, to: Strides, src: number, from: Strides): void {
     const g = this.cache.geometry;
     const rowBytes = g.headPageBytes / (2 * g.pageSize);
-    for (const kv of [0, 1]) stream.copy2d(dst + kv * to.kv, to.row, src + kv * from.kv, from.row, rowBytes, g.pageSize);
+    for (const kv of [0, 1])
+      stream.copy2d(dst + kv * to.kv, to.row, src + kv * from.kv, from.row, rowBytes, g.pageSize);
   }
 
   [Symbol.dispose](): void {
@@ -154,7 +174,14 @@ export class FragmentedRecall extends ListedRecall {
     const { device, host } = this.cache.geometry;
     for (const m of misses) {
       const slot = this.laneAddress(m.lane, layer, m.slotFrame, m.head);
-      if (m.frame >= 0) this.copyHeadPage(this.copies, slot, device, this.laneAddress(m.lane, layer, m.frame, m.head), device);
+      if (m.frame >= 0)
+        this.copyHeadPage(
+          this.copies,
+          slot,
+          device,
+          this.laneAddress(m.lane, layer, m.frame, m.head),
+          device,
+        );
       else this.copyHeadPage(this.copies, slot, device, this.hostAddress(m.block, layer, m.head), host);
     }
     this.copies.record(done);

@@ -38,7 +38,13 @@ export class StagedRecall extends ListedRecall {
     const { device } = this.cache.geometry;
     for (const m of misses)
       if (m.frame >= 0)
-        this.copyHeadPage(this.copies, this.laneAddress(m.lane, layer, m.slotFrame, m.head), device, this.laneAddress(m.lane, layer, m.frame, m.head), device);
+        this.copyHeadPage(
+          this.copies,
+          this.laneAddress(m.lane, layer, m.slotFrame, m.head),
+          device,
+          this.laneAddress(m.lane, layer, m.frame, m.head),
+          device,
+        );
     const fromHost = misses.filter((m) => m.frame < 0);
     for (let i = 0; i < fromHost.length; i += capacity) this.#batch(fromHost.slice(i, i + capacity), layer);
     // The conversions follow the copies; without any, `done` still has to follow the copies on the device.
@@ -54,18 +60,33 @@ export class StagedRecall extends ListedRecall {
     const { headPageBytes } = this.cache.geometry;
     const entries = new ArrayBuffer(batch.length * size.fkv_scatter_entry);
     for (const [i, m] of batch.entries()) {
-      pack.fkv_scatter_entry({ lane: m.lane.index, head: m.head, slot: m.slot }, { into: entries, at: i * size.fkv_scatter_entry });
-      this.copies.copy(buffer.pages.address + i * headPageBytes, this.hostAddress(m.block, layer, m.head), headPageBytes);
+      pack.fkv_scatter_entry(
+        { lane: m.lane.index, head: m.head, slot: m.slot },
+        { into: entries, at: i * size.fkv_scatter_entry },
+      );
+      this.copies.copy(
+        buffer.pages.address + i * headPageBytes,
+        this.hostAddress(m.block, layer, m.head),
+        headPageBytes,
+      );
     }
     this.copies.write(buffer.entries, new Uint8Array(entries));
     this.copies.record(buffer.filled);
     this.waits.on(this.#convert, buffer.filled, "convert-after-fill");
-    this.device.lib.fkv_recall_scatter(this.cache.packed, buffer.pages.address, buffer.entries.address, batch.length, layer, this.#convert.handle);
+    this.device.lib.fkv_recall_scatter(
+      this.cache.packed,
+      buffer.pages.address,
+      buffer.entries.address,
+      batch.length,
+      layer,
+      this.#convert.handle,
+    );
     this.#convert.record(buffer.drained);
   }
 
   override [Symbol.dispose](): void {
-    for (const b of this.#buffers) for (const part of [b.pages, b.entries, b.filled, b.drained]) part[Symbol.dispose]();
+    for (const b of this.#buffers)
+      for (const part of [b.pages, b.entries, b.filled, b.drained]) part[Symbol.dispose]();
     this.#convert[Symbol.dispose]();
     super[Symbol.dispose]();
   }

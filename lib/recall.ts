@@ -30,7 +30,10 @@ export class GatherRecall implements Recall {
     this.#device = device;
     this.#cache = cache;
     for (const workspace of [cache.now, cache.next])
-      this.#done.set(workspace, Array.from({ length: cache.geometry.layers }, () => device.event()));
+      this.#done.set(
+        workspace,
+        Array.from({ length: cache.geometry.layers }, () => device.event()),
+      );
   }
 
   start(workspace: Workspace, layer: number, lanes: Lanes, on: Stream): InFlight {

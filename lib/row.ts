@@ -16,12 +16,26 @@ export const greedy: Sampling = { temperature: 0, topP: 1, topK: 0, seed: 0, nTo
 
 /** An empty row writes nothing. */
 export const emptyRow: Row = {
-  seed: 0, sequence: -1, position: -1, token: -1, target: -1, block: -1, correction: 0, speculation: 0, prefetch: 0,
-  top_k: 0, n_top: 0, temperature: 0, top_p: 1,
+  seed: 0,
+  sequence: -1,
+  position: -1,
+  token: -1,
+  target: -1,
+  block: -1,
+  correction: 0,
+  speculation: 0,
+  prefetch: 0,
+  top_k: 0,
+  n_top: 0,
+  temperature: 0,
+  top_p: 1,
 };
 
 /** `token` −1: the one sampled last; `target` −1: the sampled token's log-probability; `block` −1: none. */
-export function rowOf(lane: Lane, o: { position: number; token?: number; target?: number; block?: number; sampling?: Sampling }): Row {
+export function rowOf(
+  lane: Lane,
+  o: { position: number; token?: number; target?: number; block?: number; sampling?: Sampling },
+): Row {
   const { plan } = lane;
   const sampling = o.sampling ?? greedy;
   return {

@@ -7,7 +7,16 @@ import { parseGenerateOptions, parsePolicyOptions, resolvePolicy } from "./optio
 import { greedy } from "./row.ts";
 import type { State } from "./state.ts";
 import type { Tokenizer as TextTokenizer } from "./tokenizer.ts";
-import type { GenerateOptions, Generation, PolicyOptions, Prompt, Scored, Stats, TaskOptions, TokenIds } from "./types.ts";
+import type {
+  GenerateOptions,
+  Generation,
+  PolicyOptions,
+  Prompt,
+  Scored,
+  Stats,
+  TaskOptions,
+  TokenIds,
+} from "./types.ts";
 
 /** What sequences need of their engine. */
 export interface Host {
@@ -81,13 +90,22 @@ export class Sequence implements Disposable {
     this.#askedAt ??= performance.now();
     const base = this.length;
     const state = this.#state;
-    const run = new Run(state, ids.length, greedy, (i) => ({ draw: false, token: ids[i] as number, target: ids[i + 1] ?? -1 }));
+    const run = new Run(state, ids.length, greedy, (i) => ({
+      draw: false,
+      token: ids[i] as number,
+      target: ids[i + 1] ?? -1,
+    }));
     try {
       for (let i = 0; i < ids.length; i++) {
         const { result, stallMs } = await abortable(this.#host.batch.next(run), options.signal);
         state.tally.step(result.counters, stallMs);
         if (i + 1 === ids.length) return;
-        yield { position: base + i, next: ids[i + 1] as number, logprob: result.logprob, argmax: result.argmax };
+        yield {
+          position: base + i,
+          next: ids[i + 1] as number,
+          logprob: result.logprob,
+          argmax: result.argmax,
+        };
       }
     } finally {
       await this.#host.batch.finish(run);
@@ -99,7 +117,9 @@ export class Sequence implements Disposable {
   fork(options: PolicyOptions = {}): Sequence {
     this.#check("fork");
     const { layers, pageSize } = this.#state.core.geometry;
-    const child = this.#state.fork(resolvePolicy(this.#state.policy, parsePolicyOptions(options), pageSize, layers));
+    const child = this.#state.fork(
+      resolvePolicy(this.#state.policy, parsePolicyOptions(options), pageSize, layers),
+    );
     this.#host.opened(child);
     return new Sequence(this.#host, child, this.#askedAt);
   }
@@ -108,7 +128,10 @@ export class Sequence implements Disposable {
   truncate(length: number): void {
     this.#check("truncate");
     if (!Number.isInteger(length) || length < 1 || length > this.length)
-      throw new FreeKVError("BAD_ARGUMENT", `truncate(${length}): the sequence has ${this.length} tokens; give 1 to ${this.length}`);
+      throw new FreeKVError(
+        "BAD_ARGUMENT",
+        `truncate(${length}): the sequence has ${this.length} tokens; give 1 to ${this.length}`,
+      );
     this.#state.truncate(length);
   }
 
@@ -118,7 +141,11 @@ export class Sequence implements Disposable {
 
   #check(what: string): void {
     if (this.#state.released) throw new FreeKVError("DISPOSED", `${what}() on a sequence that was disposed`);
-    if (this.#busy) throw new FreeKVError("BUSY", `${what}() while the sequence is still running; finish or break the other call first`);
+    if (this.#busy)
+      throw new FreeKVError(
+        "BUSY",
+        `${what}() while the sequence is still running; finish or break the other call first`,
+      );
   }
   #enter(what: string): void {
     this.#check(what);

@@ -1,7 +1,8 @@
 // One sequence as the engine keeps it: its lane, its blocks, its tokens, and every way to make or change it. Everything here is
 // issued in the order of the compute stream, after whatever still runs beside it, so nothing has to be waited for on the host.
-import type { Core } from "./core.ts";
+
 import { type Pages, range } from "./copier.ts";
+import type { Core } from "./core.ts";
 import { FreeKVError } from "./errors.ts";
 import { Lane } from "./lane.ts";
 import type { Policy } from "./options.ts";
@@ -26,7 +27,10 @@ export class State {
     core.plan(policy);
     const index = core.takeLane();
     if (index === undefined)
-      throw new FreeKVError("BUSY", `all ${core.options.maxSequences} sequences are alive; dispose one or raise maxSequences`);
+      throw new FreeKVError(
+        "BUSY",
+        `all ${core.options.maxSequences} sequences are alive; dispose one or raise maxSequences`,
+      );
     this.core = core;
     this.policy = policy;
     this.#index = index;
@@ -50,7 +54,9 @@ export class State {
         const end = issue();
         const done = this.core.reached();
         await before; // one chunk computes while the next one is issued
-        before = done.then(() => task.onProgress?.({ phase: "prefill", done: end, total: ids.length, unit: "tokens" }));
+        before = done.then(() =>
+          task.onProgress?.({ phase: "prefill", done: end, total: ids.length, unit: "tokens" }),
+        );
         if (i === chunks.length - 1) await before;
       }
       this.#commit(change, ids);
@@ -97,8 +103,12 @@ export class State {
     const [own] = core.pool.reserve(1, compute) as [number];
     const lane = this.#newLane(length);
     const old = this.#lane as Lane;
-    const partial = keep % pageSize === 0 ? null
-      : this.length >= (full + 1) * pageSize ? { frames: core.cache.hostFrames, pages: [this.blocks[full] as number] } : old.pages(core.cache, [full]);
+    const partial =
+      keep % pageSize === 0
+        ? null
+        : this.length >= (full + 1) * pageSize
+          ? { frames: core.cache.hostFrames, pages: [this.blocks[full] as number] }
+          : old.pages(core.cache, [full]);
     const blocks = [...this.blocks.slice(0, full), own];
     core.prefill.begin(length, keep, blocks);
     core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
@@ -152,7 +162,10 @@ export class State {
     }
   }
 
-  *#chunks(change: { lane: Lane; blocks: number[]; start: number; partial: Pages | null }, ids: Int32Array): Generator<() => number> {
+  *#chunks(
+    change: { lane: Lane; blocks: number[]; start: number; partial: Pages | null },
+    ids: Int32Array,
+  ): Generator<() => number> {
     const { start, lane } = change;
     const blocks = [...this.blocks, ...change.blocks];
     const total = start + ids.length;
@@ -193,7 +206,16 @@ export class State {
     const { maxPages, pageSize } = core.geometry;
     const pages = Math.min(maxPages, Math.ceil((length * 1.25) / pageSize) + 8);
     const { compute } = core.decoder;
-    return new Lane(core.cache, core.laneMemory, this.#index, core.plan(this.policy), this.policy.tau, pages, core.network.config.vocab, compute);
+    return new Lane(
+      core.cache,
+      core.laneMemory,
+      this.#index,
+      core.plan(this.policy),
+      this.policy.tau,
+      pages,
+      core.network.config.vocab,
+      compute,
+    );
   }
 
   #replace(lane: Lane): void {
@@ -210,7 +232,13 @@ export class State {
     compute.copy(lane.logits, this.lane.logits, 4 * core.network.config.vocab);
     const tokens = this.length % g.pageSize;
     const page = [Math.floor(this.length / g.pageSize)];
-    if (tokens) core.copier.copy(this.lane.pages(core.cache, page), lane.pages(core.cache, page), { layers: g.layers, tokens }, compute);
+    if (tokens)
+      core.copier.copy(
+        this.lane.pages(core.cache, page),
+        lane.pages(core.cache, page),
+        { layers: g.layers, tokens },
+        compute,
+      );
   }
 
   #grow(): void {
@@ -218,7 +246,12 @@ export class State {
     core.orchestration.quiesce();
     const lane = this.#newLane(2 * this.length);
     const pages = range(0, this.lane.nFrames);
-    core.copier.copy(this.lane.pages(core.cache, pages), lane.pages(core.cache, pages), { layers: core.geometry.layers }, core.decoder.compute);
+    core.copier.copy(
+      this.lane.pages(core.cache, pages),
+      lane.pages(core.cache, pages),
+      { layers: core.geometry.layers },
+      core.decoder.compute,
+    );
     this.#hand(lane);
     this.#replace(lane);
     lane.install(core.cache, this.blocks, core.decoder.compute);

@@ -66,7 +66,13 @@ export interface EngineOptions extends PolicyOptions, TaskOptions {
   /** Page scores: softmax of scaled scores, then the group's mean ("freekv", default), or the published speed code's raw mean. */
   estimate?: "freekv" | "paper-speed" | undefined;
   /** The CPU twin's own: a seeded schedule of its streams, a simulated host link, its compute threads. */
-  twin?: { scheduleSeed?: number | undefined; linkBytesPerSecond?: number | undefined; threads?: number | undefined } | undefined;
+  twin?:
+    | {
+        scheduleSeed?: number | undefined;
+        linkBytesPerSecond?: number | undefined;
+        threads?: number | undefined;
+      }
+    | undefined;
   /** Longest sequence; default the model's. */
   maxContext?: number | undefined;
   /** Sequences alive at once; default 8. */

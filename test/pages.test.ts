@@ -7,7 +7,7 @@ import { type DeviceBuffer, Event, FreeKVError, pack, type PinnedBuffer, type Va
 import { fromFloat32, toFloat32 } from "../lib/float.ts";
 import { type Dtype, type LaneSpec, Rig, type RigOptions, type Story } from "./attention/rig.ts";
 import { meanDeviation, minMax } from "./reference/attention.ts";
-import { headPageOf, type PageLayout } from "./retrieval/images.ts";
+import { headPageOf, type PageLayout, stridesOf } from "./retrieval/images.ts";
 import { Random } from "./retrieval/random.ts";
 
 type Frames = Values<"fkv_frames">;
@@ -37,31 +37,30 @@ interface Copy {
   layers?: number;
   tokens?: number;
 }
-function pagesParams(rig: Rig, copy: Omit<Copy, "dst"> & { dst?: Frames }, from: Int32Array, to: Int32Array): ArrayBuffer {
+function pagesParams(rig: Rig, copy: Omit<Copy, "dst"> & { dst?: Frames }): ArrayBuffer {
   return pack.fkv_pages_params({
     n: copy.from.length, src_layer0: copy.srcLayer ?? 0, dst_layer0: copy.dstLayer ?? 0, n_layers: copy.layers ?? rig.layers,
-    n_tokens: copy.tokens ?? rig.pageSize, src: copy.src, dst: copy.dst ?? null, from: addressOf(rig, from), to: addressOf(rig, to),
+    n_tokens: copy.tokens ?? rig.pageSize, src: copy.src, dst: copy.dst ?? null, from: listed(rig, copy.from), to: listed(rig, copy.to),
   });
 }
-/** The structs hold addresses, so the lists live in pinned memory while the call runs. */
-function addressOf(rig: Rig, list: Int32Array): number {
-  const pinned = rig.pinned(Math.max(4, list.byteLength));
+/** A list where a struct can point to it. */
+function listed(rig: Rig, list: readonly number[]): PinnedBuffer {
+  const pinned = rig.pinned(4 * list.length);
   pinned.view(Int32Array).set(list);
-  return pinned.address;
+  return pinned;
 }
 function copyPages(rig: Rig, copy: Copy): void {
-  const params = pagesParams(rig, copy, Int32Array.from(copy.from), Int32Array.from(copy.to));
-  rig.device.call("fkv_pages_copy", rig.cache(), params, rig.stream.handle);
+  rig.device.call("fkv_pages_copy", rig.cache(), pagesParams(rig, copy), rig.stream.handle);
 }
 
-/** Device frames of a story, every layer the same but for its first byte. */
+/** Device frames of a story, every layer the same but for the first byte of V. */
 function framesOf(rig: Rig, story: Story, layout: PageLayout): { buffer: DeviceBuffer; frames: Frames } {
   const pages = Math.ceil(story.tokens / rig.pageSize);
   const buffer = rig.alloc(rig.layers * pages * rig.frameBytes);
   for (let layer = 0; layer < rig.layers; layer++) {
     for (let page = 0; page < pages; page++) {
       const bytes = rig.framePage(story, page, layout);
-      bytes[0] = layer;
+      bytes[stridesOf(rig, layout).kv] = layer;
       rig.stream.copy(buffer.address + (layer * pages + page) * rig.frameBytes, bytes);
     }
   }
@@ -83,7 +82,7 @@ test("append writes each row's token into its lane's frame of that page, rounded
       const random = new Random(1);
       const empty: Story = rig.story(random, 0);
       const view = { sinkPages: 1, windowPages: 2, nSlots: 1 };
-      const lanes = [0, 1, 2, 3].map(() => rig.lane({ ...view, selected: [] }, empty)).concat(rig.lane({ ...view, resident: true }, { ...empty, tokens: 1 }));
+      const lanes = [0, 1, 2, 3].map(() => rig.lane(view, empty)).concat(rig.lane({ ...view, resident: true }, { ...empty, tokens: 1 }));
       const rows = [5, 16, 16 * 3 + 15, 16 * 7 + 2, 15].map((position, i) => ({ lane: lanes[i] as number, position }));
       const frameOfRow = [0, 1 + 1, 1 + 0, 1 + 1, 0]; // sink; window pages 1, 3, 7 in a ring of 3; resident
       const width = rig.kvHeads * rig.headDim;
@@ -123,9 +122,7 @@ test("a chunk of a prompt is appended as its tokens one by one are", { timeout: 
     rig.device.call("fkv_append", rig.cache(), input.address + 4 * i * rig.qkvWidth, 1, 1, rig.stream.handle);
   }
   const pages = rig.lanes[lane]!.nFrames;
-  const chunk = rig.alloc(2 * pages * rig.frameBytes);
-  rig.stream.copy(chunk, rig.upload(new Uint8Array(chunk.bytes))); // not NaN, so that a row which is not written shows
-  rig.stream.copy(rig.lanes[lane]!.frames, chunk, 0);
+  const chunk = rig.upload(new Uint8Array(2 * pages * rig.frameBytes));
   const params = pack.fkv_prefill_params({
     layer: 1, start, n, qkv: input, out: null, frames: rig.frames(chunk, pages * rig.frameBytes),
   });
@@ -193,7 +190,7 @@ test("a partial copy moves its first rows and its layers alone", () => {
         const expected = new Uint8Array(actual.length).fill(untouched);
         if (layer >= 1 && page === 1) {
           const whole = rig.headPage(story, 0, head);
-          if (head === 0) whole[0] = layer - 1;
+          if (head === 0) whole[rig.pageSize * rowBytes] = layer - 1;
           for (let kv = 0; kv < 2; kv++) {
             const from = kv * rig.pageSize * rowBytes;
             expected.set(whole.subarray(from, from + 5 * rowBytes), from);
@@ -210,17 +207,15 @@ test("the list of pages is the caller's again when the call returns", () => {
   const story = rig.story(new Random(6), 2 * rig.pageSize);
   const { frames } = framesOf(rig, story, "hnd");
   const target = rig.alloc(rig.frameBytes);
-  const list = rig.pinned(8).view(Int32Array);
-  const from = addressOf(rig, Int32Array.of(1));
-  const pinned = rig.pinned(4);
+  const [from, to] = [listed(rig, [1]), listed(rig, [0])];
   const params = pack.fkv_pages_params({
-    n: 1, src_layer0: 0, dst_layer0: 0, n_layers: 1, n_tokens: rig.pageSize, src: frames, dst: rig.frames(target), from, to: pinned,
+    n: 1, src_layer0: 0, dst_layer0: 0, n_layers: 1, n_tokens: rig.pageSize, src: frames, dst: rig.frames(target), from, to,
   });
   rig.device.call("fkv_pages_copy", rig.cache(), params, rig.stream.handle);
-  pinned.view(Int32Array)[0] = 1000;
-  list.fill(1000);
+  from.view(Int32Array)[0] = 0;
+  to.view(Int32Array)[0] = 1000;
   const expected = rig.framePage(story, 1);
-  expected[0] = 0;
+  expected[stridesOf(rig, rig.layout).kv] = 0;
   assertEquals(rig.download(target), expected);
 });
 
@@ -229,7 +224,7 @@ function digests(rig: Rig, src: Frames, kind: number, page: number): Float32Arra
   const { headDim, kvHeads, elementBytes, layers } = rig;
   const pool = rig.alloc(3 * layers * kvHeads * 2 * headDim * elementBytes);
   const cache = rig.cache({ digests: digestFrames(rig, pool) });
-  const params = pagesParams(rig, { src, from: [page], to: [2], layers: 1 }, Int32Array.of(page), Int32Array.of(2));
+  const params = pagesParams(rig, { src, from: [page], to: [2], layers: 1 });
   rig.device.call("fkv_pages_digest", cache, params, kind, rig.stream.handle);
   const bytes = rig.download(pool);
   const blockBytes = bytes.length / 3;
@@ -255,7 +250,7 @@ test("Quest digests are each channel's minimum and maximum, exactly; a NaN makes
     using rig = new Rig(shape);
     const story = rig.story(new Random(7), 2 * rig.pageSize);
     const check = (what: string): void => {
-      const { frames } = framesOf({ ...rig, layers: rig.layers } as Rig, story, rig.layout);
+      const { frames } = framesOf(rig, story, rig.layout);
       const actual = digests(rig, frames, 0, 1);
       const expected = Array.from({ length: rig.kvHeads }, (_, head) => minMax(keysOf(rig, story, 1, head)));
       assertEquals([...actual], expected.flatMap(({ low, high }) => [...low, ...high]), what);

@@ -8,9 +8,10 @@ import { Walk, type WalkOptions } from "./retrieval/walk.ts";
 const plan = { sinkPages: 1, windowPages: 2, k: 4, slots: 8 };
 const freekv = { correction: "threshold", speculation: "next", prefetch: 0, start: 161 } as const;
 
-test("slots follow the plain model over 320 positions of mixed policies", { timeout: 60_000 }, () => {
+test("slots follow the plain model over 320 steps of mixed policies and empty rows", { timeout: 60_000 }, () => {
   using walk = new Walk({
     seed: 1,
+    absent: (step, lane) => step % 7 === lane || (step % 11 === 10 && lane < 3),
     lanes: [
       plan,
       { ...plan, slots: 4 },

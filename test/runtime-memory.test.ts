@@ -1,5 +1,5 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// The twin's memory and its simulated link: which memory is which, how far it goes, and what a transfer takes.
+// The twin's memory and its simulated link: which memory is which, how far it goes, what a transfer takes.
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreaterOrEqual, assertLess, assertMatch } from "@std/assert";

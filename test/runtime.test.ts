@@ -1,6 +1,6 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// The twin's runtime: what runs when, and what is refused. It stands in for a GPU in every other test, so what it lets
-// pass here passes everywhere.
+// The twin's runtime: what runs when, and what is refused. It stands in for a GPU in every other test, so what it
+// lets pass here passes everywhere.
 
 import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
@@ -69,7 +69,7 @@ test("on threads a call returns while its work runs", { timeout }, () => {
   assert(event.query());
 });
 
-/** What two streams write in turn to one byte, as a third place sees it after each. With a wait: the second comes after the first. */
+/** What two streams write to one byte, as a copy sees it behind each write; `ordered`: the second stream waits. */
 function interleaving(scheduleSeed: number, ordered: boolean): string {
   using device = open({ scheduleSeed });
   using first = device.stream();
@@ -139,7 +139,7 @@ test("a wait is for the latest record before it, not for a later one", { timeout
     using mark = device.pinned(2);
     slow.memset(mark.address, 1, 1);
     slow.record(event);
-    waiter.wait(event); // this record, although it is recorded again behind 100 ms of copying, behind the waiter even
+    waiter.wait(event); // this record; the next one comes behind 100 ms of copying and the waiter itself
     waiter.copy(mark.address + 1, mark.address, 1);
     waiter.record(done);
     slow.wait(done);

@@ -24,6 +24,8 @@ export interface WalkOptions extends RigOptions {
   seed: number;
   /** How far a head's q turns a step; about half of the heads are flagged at 0.5 and τ = 0.8. */
   turn?: number;
+  /** Whether a lane's row is empty in a step: the lane keeps still. */
+  absent?: (step: number, lane: number) => boolean;
 }
 
 const zero = (): RowCounters => ({
@@ -50,6 +52,8 @@ export class Walk implements Disposable {
   readonly #queries: Float32Array[];
   readonly #truth = new Map<string, Uint8Array[][]>();
   readonly #seed: number;
+  readonly #absent: (step: number, lane: number) => boolean;
+  readonly #positions: number[];
   #counts: RowCounters[] = [];
   #step = 0;
 
@@ -60,6 +64,8 @@ export class Walk implements Disposable {
     this.#random = new Random(options.seed);
     this.#seed = options.seed;
     this.#turn = options.turn ?? 0.5;
+    this.#absent = options.absent ?? (() => false);
+    this.#positions = options.rows.map(({ start }) => start);
     const perLane = rig.layers * rig.kvHeads;
     this.heads = rig.lanes.map((lane) => Array.from({ length: perLane }, () => new PlainHead(lane.slots)));
     this.#queries = rig.lanes.map(() => this.#random.normals(rig.layers * rig.group * rig.kvHeads * rig.headDim));
@@ -108,7 +114,7 @@ export class Walk implements Disposable {
     return this.#rows[lane] as WalkRow;
   }
   #position(lane: number): number {
-    return this.#row(lane).start + this.#step;
+    return this.#positions[lane] as number;
   }
 
   /** The prompt's pages: on the host what has left the window (until then a block holds rubbish), in frames what has not. */
@@ -182,25 +188,36 @@ export class Walk implements Disposable {
       rig.check(layer, this.#rows.length);
       this.#retrieve("now", layer);
       this.#checkContents(layer);
-      for (const lane of rig.lanes.keys()) rig.keepQuery(lane, lane, layer);
+      for (const lane of this.#present()) rig.keepQuery(lane, lane, layer);
     }
     this.#leavePages();
     for (let layer = 0; layer < rig.layers; layer++) this.#retrieve("next", layer);
     this.#end();
+    for (const lane of this.#present()) this.#positions[lane] = this.#position(lane) + 1;
     this.#step++;
+  }
+
+  /** Lanes whose rows are not empty in this step. */
+  #present(): number[] {
+    return [...this.rig.lanes.keys()].filter((lane) => !this.#absent(this.#step, lane));
   }
 
   #begin(): void {
     const { rig } = this;
-    rig.load(rig.lanes.map((_, lane) => ({ ...this.#row(lane), lane, position: this.#position(lane) })));
+    const present = this.#present();
+    rig.load(
+      rig.lanes.map((_, lane) => {
+        return present.includes(lane) ? { ...this.#row(lane), lane, position: this.#position(lane) } : undefined;
+      }),
+    );
     this.#counts = rig.lanes.map(zero);
   }
 
   /** A new page takes the frame of the one that left the window. */
   #enterPages(): void {
-    for (const [lane, { resident }] of this.rig.lanes.entries()) {
+    for (const lane of this.#present()) {
       const page = this.#position(lane) / this.rig.pageSize;
-      if (Number.isInteger(page) && !resident) {
+      if (Number.isInteger(page) && !this.#lane(lane).resident) {
         this.rig.fillFrame(lane, this.#frame(lane, page), this.truth(lane, page));
       }
     }
@@ -210,7 +227,8 @@ export class Walk implements Disposable {
   #leavePages(): void {
     const { rig } = this;
     rig.stream.synchronize();
-    for (const [lane, { windowPages, resident }] of rig.lanes.entries()) {
+    for (const lane of this.#present()) {
+      const { windowPages, resident } = this.#lane(lane);
       const page = (this.#position(lane) + 1) / rig.pageSize - windowPages - 1;
       if (Number.isInteger(page) && page >= 0 && !resident) {
         rig.fillBlock(rig.blockOf(lane, page), this.truth(lane, page));
@@ -246,6 +264,10 @@ export class Walk implements Disposable {
     const misses = rig.misses(stage, n);
     for (const [lane, plan] of rig.lanes.entries()) {
       const row = this.#row(lane);
+      if (!this.#present().includes(lane)) {
+        assertEquals(misses[lane], Array(rig.kvHeads).fill([]), "an empty row misses nothing");
+        continue;
+      }
       const length = this.#position(lane) + (stage === "next" ? 2 : 1);
       const joining = joiningPage(plan, length, rig.pageSize);
       const count = candidateCount(plan, length, rig.pageSize);
