@@ -9,6 +9,9 @@ import { sampleFirst } from "./model.ts";
 import { emptyRow, type Row, rowOf, type Sampling } from "./row.ts";
 import type { State } from "./state.ts";
 
+/** The token of a step that is under way: it was drawn on the device and the host has not seen it. */
+const unknown = -1;
+
 export type Result = ReturnType<typeof read.fkv_result>;
 
 /** What a run does in its i-th launch: draw the first token from the lane's logits, or feed a token (null: the one drawn last). */
@@ -20,6 +23,12 @@ export class Run {
   readonly total: number;
   readonly launch: (i: number) => Launch;
   readonly sampling: Sampling;
+  /** Length of the sequence before the first launch. */
+  readonly base: number;
+  /** Tokens of the results so far. */
+  readonly tokens: number[] = [];
+  /** Launches to be made although nobody waits for their results. */
+  owed = 0;
   launched = 0;
   delivered = 0;
   taken = 0;
@@ -30,12 +39,16 @@ export class Run {
   constructor(state: State, total: number, sampling: Sampling, launch: (i: number) => Launch) {
     this.state = state;
     this.total = total;
+    this.base = state.length;
     this.sampling = sampling;
     this.launch = launch;
   }
-  /** Whether what is asked for, or the step after it, has still to be launched. */
+  /** Whether what is asked for, or the step after it, or what is owed, has still to be launched. */
   get behind(): boolean {
-    return this.waiting !== null && this.launched < Math.min(this.total, this.taken + 2);
+    return this.launched < Math.min(this.total, this.waiting ? this.taken + 2 : this.owed);
+  }
+  get complete(): boolean {
+    return this.delivered === this.launched && !this.behind;
   }
 }
 
@@ -68,25 +81,23 @@ export class Batch implements Disposable {
   next(run: Run): Promise<{ result: Result; stallMs: number }> {
     const ready = run.results.shift();
     run.waiting = Promise.withResolvers();
+    const { promise } = run.waiting;
     this.#runs.add(run);
-    if (ready) {
-      // What comes after it is launched before it is handed out.
-      this.#launchAhead();
-      run.taken++;
-      run.waiting.resolve(ready);
-      const { promise } = run.waiting;
-      run.waiting = null;
+    if (!ready) {
+      void this.#pump();
       return promise;
     }
-    const { promise } = run.waiting;
-    void this.#pump();
+    this.#launchAhead(); // what comes after it, before it is handed out
+    if (run.waiting) this.#hand(run, ready); // else that launch failed, and the run with it
     return promise;
   }
 
-  /** Resolves when everything that the run launched is complete. */
-  async finish(run: Run): Promise<void> {
-    this.#runs.delete(run);
-    if (run.delivered === run.launched) return;
+  /** Resolves when everything that the run launched, `owed` launches or more, is complete. */
+  async finish(run: Run, owed = 0): Promise<void> {
+    run.waiting = null;
+    run.owed = owed;
+    if (!run.behind) this.#runs.delete(run);
+    if (run.complete) return;
     run.drained = Promise.withResolvers();
     const { promise } = run.drained;
     void this.#pump();
@@ -98,7 +109,7 @@ export class Batch implements Disposable {
     this.#pumping = true;
     try {
       while (
-        [...this.#runs].some((run) => run.waiting) ||
+        [...this.#runs].some((run) => run.waiting || run.behind) ||
         this.#inFlight.some(({ runs }) => runs.some((run) => run.drained))
       ) {
         await new Promise((resolve) => setImmediate(resolve)); // whoever was just handed a token may ask for the next
@@ -163,10 +174,11 @@ export class Batch implements Disposable {
   #row(run: Run): Row {
     const { state, sampling } = run;
     const launch = run.launch(run.launched);
+    state.check();
     if (launch.draw) return rowOf(state.lane, { position: state.length - 1, sampling });
     const block = state.reserve();
     const position = state.length;
-    state.ids.push(launch.token ?? -1);
+    state.ids.push(launch.token ?? run.tokens[run.launched - 1] ?? unknown);
     return rowOf(state.lane, {
       position,
       block,
@@ -185,20 +197,28 @@ export class Batch implements Disposable {
         stallMs = (result.stall_ns - this.#stallNs) / 1e6;
         this.#stallNs = result.stall_ns;
       }
-      run.delivered++;
-      if (run.waiting) {
-        run.taken++;
-        run.waiting.resolve({ result, stallMs });
-        run.waiting = null;
-      } else run.results.push({ result, stallMs });
-      if (run.delivered === run.launched) run.drained?.resolve();
+      const at = run.base + run.delivered++;
+      run.tokens.push(result.token);
+      if (run.state.ids[at] === unknown) run.state.ids[at] = result.token;
+      if (run.waiting) this.#hand(run, { result, stallMs });
+      else run.results.push({ result, stallMs });
+      if (!run.drained || !run.complete) continue;
+      this.#runs.delete(run);
+      run.drained.resolve();
     }
+  }
+
+  #hand(run: Run, told: { result: Result; stallMs: number }): void {
+    run.taken++;
+    run.waiting?.resolve(told);
+    run.waiting = null;
   }
 
   #reject(run: Run, error: unknown): void {
     this.#runs.delete(run);
     run.waiting?.reject(error);
     run.waiting = null;
+    run.drained?.reject(error);
   }
 
   /** A device that failed answers nobody any more. */
@@ -206,10 +226,7 @@ export class Batch implements Disposable {
     this.#failure = error;
     const runs = new Set([...this.#runs, ...this.#inFlight.flatMap(({ runs }) => runs)]);
     this.#inFlight.length = 0;
-    for (const run of runs) {
-      this.#reject(run, error);
-      run.drained?.reject(error);
-    }
+    for (const run of runs) this.#reject(run, error);
   }
 
   [Symbol.dispose](): void {

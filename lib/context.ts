@@ -3,7 +3,7 @@
 
 import type { Library } from "../ffi/index.ts";
 import type { Calls } from "../ffi/symbols.ts";
-import { FreeKVError } from "./errors.ts";
+import { FreeKVError, unlessFailed } from "./errors.ts";
 
 export class DeviceContext {
   readonly library: Library;
@@ -83,12 +83,7 @@ export abstract class Handle implements Disposable {
     if (handle === 0) return;
     this.invalidate();
     this.context.forget(this);
-    try {
-      this.free(handle);
-    } catch (error) {
-      // A failed device says so at every call, also when it is closed; here it would only hide the first error.
-      if (!(error instanceof FreeKVError && error.code === "DEVICE_FAILED")) throw error;
-    }
+    unlessFailed(() => this.free(handle));
   }
 }
 

@@ -9,6 +9,7 @@ import { Check } from "./correct.ts";
 import type { Decoder } from "./decoder.ts";
 import { DenseQueue } from "./dense.ts";
 import type { Device, Stream } from "./device.ts";
+import { unlessFailed } from "./errors.ts";
 import { dtypeCode, type Geometry, geometryOf } from "./geometry.ts";
 import { HostOrchestration } from "./host.ts";
 import { type Lane, LaneMemory } from "./lane.ts";
@@ -191,7 +192,7 @@ export class Core implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    this.device.synchronize();
+    unlessFailed(() => this.device.synchronize());
     this.#owned[Symbol.dispose]();
   }
 }

@@ -31,6 +31,7 @@ import type {
   TaskOptions,
   Tokenizer,
 } from "./types.ts";
+import type { WaitName } from "./waits.ts";
 import { openCheckpoint } from "./weights.ts";
 
 /** Concurrent calls share steps: `Promise.all(prompts.map((p) => engine.generate(p).text()))` is one batch. */
@@ -46,7 +47,8 @@ export class Engine implements AsyncDisposable {
   #prefills: Promise<unknown> = Promise.resolve();
   #disposed = false;
 
-  private constructor(core: Core, policy: Policy, tokenizer: TextTokenizer | FreeKVError) {
+  /** @internal Engines come from Engine.load. */
+  constructor({ core, policy, tokenizer }: Loaded) {
     const { config } = core.network;
     this.#core = core;
     this.#policy = policy;
@@ -77,17 +79,7 @@ export class Engine implements AsyncDisposable {
    * Errors: BAD_ARGUMENT, BAD_CHECKPOINT, UNSUPPORTED_MODEL, NO_DEVICE, LIBRARY_NOT_FOUND, ABI_MISMATCH, OUT_OF_MEMORY.
    */
   static async load(dir: string | URL, options: EngineOptions = {}): Promise<Engine> {
-    const { signal, onProgress, ...own } = parseEngineOptions(options);
-    const { policy, core: coreOptions } = resolveEngine(readConfig(dir), own);
-    using checkpoint = openCheckpoint(dir);
-    const tokenizer = await loadTokenizer(folderPath(dir)).catch((error: FreeKVError) => error);
-    const { device, libraryPath, debug, twin } = own;
-    const opened = Device.open({ device: device as "auto" | undefined, libraryPath, debug, ...twin });
-    return new Engine(
-      await Core.load(opened, checkpoint, coreOptions, { signal, onProgress }),
-      policy,
-      tokenizer,
-    );
+    return new Engine(await loadCore(dir, options));
   }
 
   /** Errors: BAD_CHECKPOINT where the folder's tokenizer.json is missing or malformed. */
@@ -208,6 +200,29 @@ export class Engine implements AsyncDisposable {
     this.#host.batch[Symbol.dispose]();
     this.#core[Symbol.dispose]();
   }
+}
+
+/** What an engine is made of. */
+export interface Loaded {
+  readonly core: Core;
+  readonly policy: Policy;
+  readonly tokenizer: TextTokenizer | FreeKVError;
+}
+
+/** Engine.load without the engine. `omitWait` is for tests: this wait is left out. */
+export async function loadCore(
+  dir: string | URL,
+  options: EngineOptions = {},
+  omitWait?: WaitName,
+): Promise<Loaded> {
+  const { signal, onProgress, ...own } = parseEngineOptions(options);
+  const { policy, core } = resolveEngine(readConfig(dir), own);
+  using checkpoint = openCheckpoint(dir);
+  const tokenizer = await loadTokenizer(folderPath(dir)).catch((error: FreeKVError) => error);
+  const { device, libraryPath, debug, twin } = own;
+  const opened = Device.open({ device: device as "auto" | undefined, libraryPath, debug, ...twin });
+  const task = { signal, onProgress };
+  return { core: await Core.load(opened, checkpoint, { ...core, omitWait }, task), policy, tokenizer };
 }
 
 /** Checks options against a model, before anything is loaded. Errors: BAD_ARGUMENT. */

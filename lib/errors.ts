@@ -36,6 +36,15 @@ export class FreeKVError extends Error {
   }
 }
 
+/** Does what gives something back. A failed device says so at every call; here it would only hide the first error. */
+export function unlessFailed(work: () => void): void {
+  try {
+    work();
+  } catch (error) {
+    if (!(error instanceof FreeKVError && error.code === "DEVICE_FAILED")) throw error;
+  }
+}
+
 interface Outside {
   /** 1 our fault · 2 your input · 3 this machine. */
   readonly exit: 1 | 2 | 3;

@@ -44,7 +44,7 @@ export class TokenStream implements Generation {
   }
 
   async result(): Promise<Completion> {
-    for await (const _ of this);
+    if (this.#completion === null) for await (const _ of this);
     return this.#completion as Completion;
   }
 
@@ -83,8 +83,6 @@ export class TokenStream implements Generation {
         else state.tally.laterToken(now - last);
         last = now;
         state.tally.step(result.counters, stallMs);
-        const at = base + tokens.length;
-        if (at < state.ids.length) state.ids[at] = result.token;
         tokens.push(result.token);
         const ends = stops.has(result.token);
         const written = writer.push(result.token, ends || tokens.length === limit);
@@ -105,9 +103,10 @@ export class TokenStream implements Generation {
         stats: state.stats(),
       };
     } finally {
-      await this.#batch.finish(run);
+      // The draw, and a step for each token yielded.
+      await this.#batch.finish(run, this.#source.keeps && !interrupted ? 1 + tokens.length : 0);
       // An abort came before the token that is under way could be yielded.
-      if (interrupted && this.#source.keeps && state.length > base + tokens.length)
+      if (interrupted && this.#source.keeps && !state.released && state.length > base + tokens.length)
         state.truncate(base + tokens.length);
       this.#source.close();
     }

@@ -66,6 +66,10 @@ export class HostPool implements Disposable {
     for (const id of ids) this.#references[id] = (this.#references[id] ?? 0) + 1;
   }
 
+  isShared(id: number): boolean {
+    return (this.#references[id] ?? 0) > 1;
+  }
+
   release(ids: readonly number[]): void {
     for (const id of ids) {
       const left = (this.#references[id] ?? 0) - 1;
@@ -83,9 +87,9 @@ export class HostPool implements Disposable {
   #grow(stream: Stream): void {
     const blocks = Math.min(2 ** this.shift, this.#maxBlocks - this.#references.length);
     const index = this.#chunks.length;
-    const chunk = this.#device.pinned(2 ** this.shift * this.#geometry.blockBytes);
+    const chunk = this.#device.pinned(blocks * this.#geometry.blockBytes);
     this.#chunks.push(chunk);
-    const digests = this.#device.alloc(2 ** this.shift * this.#geometry.digestBytes);
+    const digests = this.#device.alloc(blocks * this.#geometry.digestBytes);
     this.#digests.push(digests);
     stream.write(this.hostTable.address + 8 * index, new BigUint64Array([BigInt(chunk.address)]));
     stream.write(this.digestTable.address + 8 * index, new BigUint64Array([BigInt(digests.address)]));

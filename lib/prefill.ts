@@ -39,6 +39,8 @@ export class Prefill implements Disposable {
   readonly #heldLayers: number;
   #workspace: DeviceBuffer | null = null;
   #pages = 0;
+  /** The blocks of the sequence whose pages are in the workspace. */
+  #held: readonly number[] | null = null;
 
   constructor(
     decoder: Decoder,
@@ -73,11 +75,12 @@ export class Prefill implements Disposable {
     return this.#heldLayers < this.#d.cache.geometry.layers;
   }
 
-  /** Makes room for a sequence of `total` tokens and brings the complete pages before `start`. */
-  begin(total: number, start: number, blocks: readonly number[]): void {
+  /** Makes room for the pages of `blocks` and brings the complete ones before `start`, which are on the host. */
+  begin(start: number, blocks: readonly number[]): void {
     const { cache, compute, device } = this.#d;
     const { frameBytes, layers, pageSize } = cache.geometry;
-    const pages = Math.ceil(total / pageSize);
+    const pages = blocks.length;
+    this.#held = blocks;
     if (pages > this.#pages) {
       this.#workspace?.[Symbol.dispose]();
       this.#workspace = null;
@@ -100,6 +103,7 @@ export class Prefill implements Disposable {
     const { cache, compute, device, digestKind, network, waits } = this.#d;
     const { layers, pageSize } = cache.geometry;
     const { blocks, ids, start } = chunk;
+    if (this.#held !== blocks) this.#resume(start, blocks);
     const act = this.#act;
     const n = ids.length;
     const firstPage = Math.floor(start / pageSize);
@@ -142,12 +146,18 @@ export class Prefill implements Disposable {
     waits.on(compute, last, "fill-after-store");
   }
 
-  /** Of an abandoned prompt: compute waits for what still goes to blocks that someone else may get now. */
-  settle(): void {
-    const { compute } = this.#d;
-    const settled = this.#appended[0] as Event;
-    this.#store.record(settled);
-    compute.wait(settled);
+  /** Resolves when nothing is on its way to the host any more. */
+  async settled(): Promise<void> {
+    using event = this.#d.device.event();
+    this.#store.record(event);
+    await event.done();
+  }
+
+  /** Another sequence was computed between two chunks of this one, whose pages so far are on the host. */
+  #resume(start: number, blocks: readonly number[]): void {
+    const { cache, compute, waits } = this.#d;
+    waits.on(compute, this.#stored[cache.geometry.layers - 1] as Event, "load-after-store");
+    this.begin(start, blocks);
   }
 
   /** Brings all earlier pages of one layer, once they are on the host and the workspace's half is free. */

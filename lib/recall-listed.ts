@@ -106,10 +106,10 @@ export abstract class ListedRecall implements Recall {
     return list;
   }
 
+  /** The copies are issued once the host has seen the list, and so after the selection and what it came after. */
   #issue(ticket: Ticket): void {
     ticket.listed.synchronize();
     ticket.issued = true;
-    this.waits.on(this.copies, ticket.listed, "copy-after-select");
     this.bring(this.#read(ticket), ticket.layer, ticket.done);
   }
 

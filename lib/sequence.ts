@@ -121,7 +121,7 @@ export class Sequence implements Disposable {
       resolvePolicy(this.#state.policy, parsePolicyOptions(options), pageSize, layers),
     );
     this.#host.opened(child);
-    return new Sequence(this.#host, child, this.#askedAt);
+    return new Sequence(this.#host, child, null);
   }
 
   /** Keeps the first `length` tokens, 1 or more; the last of them is computed anew. */

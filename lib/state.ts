@@ -3,12 +3,25 @@
 
 import { type Pages, range } from "./copier.ts";
 import type { Core } from "./core.ts";
-import { FreeKVError } from "./errors.ts";
+import { FreeKVError, unlessFailed } from "./errors.ts";
 import { Lane } from "./lane.ts";
 import type { Policy } from "./options.ts";
 import { chunkTokens } from "./prefill.ts";
 import { Tally } from "./tally.ts";
 import type { Stats, TaskOptions } from "./types.ts";
+
+/** A prompt on its way into a sequence. */
+interface Change {
+  /** Takes the place of the sequence's lane when all is done. */
+  readonly lane: Lane;
+  /** Blocks taken for it. */
+  readonly added: readonly number[];
+  /** Blocks of the whole. */
+  readonly blocks: readonly number[];
+  readonly start: number;
+  /** The incomplete page that it continues. */
+  readonly partial: Pages | null;
+}
 
 export class State {
   readonly core: Core;
@@ -39,6 +52,10 @@ export class State {
   get length(): number {
     return this.ids.length;
   }
+  /** Errors: DISPOSED. */
+  check(): void {
+    if (this.released) throw new FreeKVError("DISPOSED", "the sequence was disposed while it ran");
+  }
   get lane(): Lane {
     return this.#lane as Lane;
   }
@@ -51,6 +68,7 @@ export class State {
       let before: Promise<void> | undefined;
       for (const [i, issue] of chunks.entries()) {
         task.signal?.throwIfAborted();
+        this.check();
         const end = issue();
         const done = this.core.reached();
         await before; // one chunk computes while the next one is issued
@@ -59,9 +77,11 @@ export class State {
         );
         if (i === chunks.length - 1) await before;
       }
+      task.signal?.throwIfAborted();
+      this.check();
       this.#commit(change, ids);
     } catch (error) {
-      this.#abandon(change);
+      await this.#abandon(change);
       throw error;
     }
   }
@@ -100,19 +120,20 @@ export class State {
     const keep = length - 1;
     const full = Math.floor(keep / pageSize);
     const token = this.ids[keep] as number;
-    const [own] = core.pool.reserve(1, compute) as [number];
+    const last = this.blocks[full] as number;
+    const own = core.pool.isShared(last) ? (core.pool.reserve(1, compute)[0] as number) : last;
     const lane = this.#newLane(length);
     const old = this.#lane as Lane;
     const partial =
       keep % pageSize === 0
         ? null
         : this.length >= (full + 1) * pageSize
-          ? { frames: core.cache.hostFrames, pages: [this.blocks[full] as number] }
+          ? { frames: core.cache.hostFrames, pages: [last] }
           : old.pages(core.cache, [full]);
     const blocks = [...this.blocks.slice(0, full), own];
-    core.prefill.begin(length, keep, blocks);
+    core.prefill.begin(keep, blocks);
     core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
-    core.pool.release(this.blocks.splice(full));
+    core.pool.release(this.blocks.splice(full).filter((id) => id !== own));
     this.blocks.push(own);
     this.ids.length = length;
     this.#replace(lane);
@@ -131,43 +152,44 @@ export class State {
   stats(): Stats {
     const { geometry } = this.core;
     const plan = this.core.plan(this.policy);
+    const pages = Math.ceil(this.length / geometry.pageSize);
+    const frames = plan.resident ? pages * geometry.blockBytes : (this.#lane?.frameBytes ?? 0);
     const digests = plan.k > 0 ? this.blocks.length * geometry.digestBytes : 0;
-    return this.tally.stats(plan, geometry, (this.#lane?.frameBytes ?? 0) + digests, this.length);
+    return this.tally.stats(plan, geometry, frames + digests, this.length);
   }
 
   release(): void {
     if (this.released) return;
     this.released = true;
-    this.core.orchestration.quiesce();
+    unlessFailed(() => this.core.orchestration.quiesce());
     this.core.pool.release(this.blocks.splice(0));
     if (this.#lane) this.core.laneMemory.give(this.#lane.memory);
     this.core.giveLane(this.#index);
   }
 
-  #begin(tokens: number): { lane: Lane; blocks: number[]; start: number; partial: Pages | null } {
+  #begin(tokens: number): Change {
     const { core } = this;
     const { pageSize } = core.geometry;
     const start = this.length;
     const total = start + tokens;
     core.orchestration.quiesce();
     const added = core.pool.reserve(Math.ceil(total / pageSize) - this.blocks.length, core.decoder.compute);
+    let lane: Lane | undefined;
     try {
-      const lane = this.#newLane(total);
-      core.prefill.begin(total, start, this.blocks);
+      lane = this.#newLane(total);
+      const blocks = [...this.blocks, ...added];
+      core.prefill.begin(start, blocks);
       const partial = start % pageSize ? this.lane.pages(core.cache, [Math.floor(start / pageSize)]) : null;
-      return { lane, blocks: added, start, partial };
+      return { lane, added, blocks, start, partial };
     } catch (error) {
       core.pool.release(added);
+      if (lane) core.laneMemory.give(lane.memory);
       throw error;
     }
   }
 
-  *#chunks(
-    change: { lane: Lane; blocks: number[]; start: number; partial: Pages | null },
-    ids: Int32Array,
-  ): Generator<() => number> {
-    const { start, lane } = change;
-    const blocks = [...this.blocks, ...change.blocks];
+  *#chunks(change: Change, ids: Int32Array): Generator<() => number> {
+    const { blocks, start, lane } = change;
     const total = start + ids.length;
     for (let at = start; at < total; ) {
       const from = at;
@@ -186,17 +208,18 @@ export class State {
     }
   }
 
-  #commit(change: { lane: Lane; blocks: number[] }, ids: Int32Array): void {
+  #commit(change: Change, ids: Int32Array): void {
     this.core.orchestration.quiesce();
-    this.blocks.push(...change.blocks);
+    this.blocks.push(...change.added);
     for (const id of ids) this.ids.push(id);
     this.#replace(change.lane);
     this.core.fill(change.lane, this.length, this.blocks);
   }
 
-  #abandon(change: { lane: Lane; blocks: number[] }): void {
-    this.core.prefill.settle();
-    this.core.pool.release(change.blocks);
+  async #abandon(change: Change): Promise<void> {
+    // Its pages still go to blocks that someone else may get now; a device that failed writes nothing.
+    await this.core.prefill.settled().catch(() => {});
+    this.core.pool.release(change.added);
     this.core.laneMemory.give(change.lane.memory);
   }
 

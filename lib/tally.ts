@@ -1,4 +1,5 @@
 // Counts of a sequence, and what they say of it as Stats.
+import { FKV_CORRECT_OFF } from "../ffi/constants.ts";
 import type { Geometry } from "./geometry.ts";
 import type { Plan } from "./plan.ts";
 import type { Stats } from "./types.ts";
@@ -54,7 +55,7 @@ export class Tally {
       recalledPages: this.#recalled,
       recalledBytes: this.#recalled * g.headPageBytes,
       hitRate: recalls && this.#hits + this.#misses > 0 ? this.#hits / (this.#hits + this.#misses) : null,
-      correctedShare: this.#heads ? this.#flagged / this.#heads : null,
+      correctedShare: plan.correction !== FKV_CORRECT_OFF && this.#heads ? this.#flagged / this.#heads : null,
       deviceKvBytes,
       totalKvBytes: Math.ceil(length / g.pageSize) * g.blockBytes,
     };

@@ -1,61 +1,53 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// Decode and prefill attention of the twin: against float64, and what must not change a bit of it.
+// Decode attention of the twin: against float64, and what must not change a bit of it.
 
 import { test } from "node:test";
 import { assert, assertEquals, assertLess, assertNotEquals, assertThrows } from "@std/assert";
 import { FreeKVError, pack } from "../lib/device.ts";
+import { assertClose, bits, named, shapes, worst } from "./attention/compare.ts";
 import { type LaneSpec, Rig, type RigOptions, type Selected, type Story } from "./attention/rig.ts";
 import { Random } from "./retrieval/random.ts";
-
-const bits = (values: Float32Array): Uint32Array => new Uint32Array(values.buffer, values.byteOffset, values.length);
-
-/** Largest difference; NaN where either has a value that is not finite. */
-function worst(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
-  assertEquals(actual.length, expected.length);
-  let most = 0;
-  for (let i = 0; i < actual.length; i++) most = Math.max(most, Math.abs((actual[i] as number) - (expected[i] as number)));
-  return most;
-}
-/** f32 against float64: outputs are averages of unit normals. */
-function assertClose(actual: ArrayLike<number>, expected: ArrayLike<number>, what: string): void {
-  assert(Math.max(...Array.from(expected, Math.abs)) > 0.05, `${what}: the expected output is trivial`);
-  assert(worst(actual, expected) < 5e-6, `${what}: differs by ${worst(actual, expected)}`);
-}
-
-const shapes: RigOptions[] = [
-  ...[1, 4, 5, 7, 8].map((group) => ({ group, headDim: 64, dtype: "bf16" }) as const),
-  ...[8, 24, 64, 96, 128, 256].map((headDim) => ({ group: 4, headDim, dtype: "f32" }) as const),
-  ...[8, 96].map((headDim) => ({ group: 3, headDim, dtype: "f16" }) as const),
-  { group: 6, kvHeads: 1, headDim: 40, pageSize: 32, dtype: "bf16", layout: "nhd" },
-  { group: 2, kvHeads: 3, headDim: 16, pageSize: 64, dtype: "f16", layout: "nhd" },
-];
-const named = (shape: RigOptions): string =>
-  Object.entries(shape).map(([name, value]) => `${name} ${value}`).join(", ");
 
 /** Sink, window and a selection of every third candidate, placed in slots by `order`. */
 function sparse(rig: Rig, tokens: number, order: (slots: number[], head: number) => number[]): LaneSpec {
   const [sinkPages, windowPages] = [1, 2];
   const candidates = Math.max(0, Math.floor(tokens / rig.pageSize) - windowPages - sinkPages);
   const selected = Array.from({ length: rig.kvHeads }, (_, head): Selected[] => {
-    const pages = Array.from({ length: candidates }, (_, i) => sinkPages + i).filter((page) => page % 3 === head % 3);
-    const slots = order(Array.from({ length: candidates + 2 }, (_, i) => i), head);
+    const pages = Array.from({ length: candidates }, (_, i) => sinkPages + i).filter(
+      (page) => page % 3 === head % 3,
+    );
+    const slots = order(
+      Array.from({ length: candidates + 2 }, (_, i) => i),
+      head,
+    );
     return pages.map((page, i) => ({ page, slot: slots[i] as number }));
   });
   return { sinkPages, windowPages, nSlots: candidates + 2, selected };
 }
 const inOrder = (slots: number[]): number[] => slots;
 
-test("decode attention agrees with float64 over head groups, sizes, dtypes and layouts", { timeout: 60_000 }, () => {
+test("decode attention agrees with float64 over head groups, sizes, dtypes and layouts", {
+  timeout: 60_000,
+}, () => {
   for (const shape of shapes) {
     using rig = new Rig(shape);
     const random = new Random(11);
     const tokens = 13 * rig.pageSize + 5; // two splits, the last page ragged
     const story = rig.story(random, tokens);
-    const specs: LaneSpec[] = [{ sinkPages: 0, windowPages: 1, attendAll: true }, sparse(rig, tokens, inOrder)];
+    const specs: LaneSpec[] = [
+      { sinkPages: 0, windowPages: 1, attendAll: true },
+      sparse(rig, tokens, inOrder),
+    ];
     for (const spec of specs) rig.lane(spec, story);
     const width = rig.qHeads * rig.headDim;
     const q = random.normals(2 * width);
-    const out = rig.attend([{ lane: 0, position: tokens - 1 }, { lane: 1, position: tokens - 1 }], q);
+    const out = rig.attend(
+      [
+        { lane: 0, position: tokens - 1 },
+        { lane: 1, position: tokens - 1 },
+      ],
+      q,
+    );
     for (const [r, spec] of specs.entries()) {
       const row = (values: Float32Array): Float32Array => values.subarray(r * width, (r + 1) * width);
       assertClose(row(out), rig.expected(story, spec, tokens - 1, row(q)), `${named(shape)}, row ${r}`);
@@ -64,7 +56,9 @@ test("decode attention agrees with float64 over head groups, sizes, dtypes and l
   }
 });
 
-test("decode attention is the same bits in both device layouts, on any number of threads, and wherever pages sit", { timeout: 60_000 }, () => {
+test("decode attention is the same bits in both device layouts, on any number of threads, and wherever pages sit", {
+  timeout: 60_000,
+}, () => {
   const run = (options: RigOptions, order: (slots: number[], head: number) => number[]): Uint32Array => {
     using rig = new Rig({ group: 5, headDim: 24, dtype: "bf16", ...options });
     const random = new Random(12);
@@ -76,7 +70,11 @@ test("decode attention is the same bits in both device layouts, on any number of
   const first = run({}, inOrder);
   assertNotEquals(first, new Uint32Array(first.length));
   assertEquals(run({ layout: "nhd" }, inOrder), first);
-  for (const seed of [1, 2, 3]) assertEquals(run({}, (slots, head) => new Random(seed + 10 * head).shuffled(slots)), first);
+  for (const seed of [1, 2, 3])
+    assertEquals(
+      run({}, (slots, head) => new Random(seed + 10 * head).shuffled(slots)),
+      first,
+    );
   for (const threads of [1, 2, 3]) assertEquals(run({ threads }, inOrder), first);
   assertEquals(run({ scheduleSeed: 5 }, inOrder), first);
 });
@@ -88,7 +86,9 @@ test("a budget of all pages attends as attending everything does, bit for bit", 
     for (const tokens of [1, 16, 17, 21 * 16, 21 * 16 + 9]) {
       const story = rig.story(random, tokens);
       const candidates = Math.max(0, Math.floor(tokens / 16) - 3);
-      const slots = [0, 1].map((head) => new Random(head).shuffled(Array.from({ length: candidates }, (_, i) => i)));
+      const slots = [0, 1].map((head) =>
+        new Random(head).shuffled(Array.from({ length: candidates }, (_, i) => i)),
+      );
       const selected = slots.map((list) => list.map((slot, i): Selected => ({ page: 1 + i, slot })));
       const view = { sinkPages: 1, windowPages: 2 };
       const lanes = [
@@ -149,7 +149,10 @@ test("attention leaves the step's q behind, in its layer alone", () => {
   rig.attend([{ lane: 0, position: 9 }], q, 1);
   const kept = rig.floats(rig.lanes[0]!.qPrev);
   assertEquals(kept.slice(width, 2 * width), q);
-  assert([...kept.slice(0, width), ...kept.slice(2 * width)].every(Number.isNaN), "other layers keep what they had");
+  assert(
+    [...kept.slice(0, width), ...kept.slice(2 * width)].every(Number.isNaN),
+    "other layers keep what they had",
+  );
 });
 
 test("NaN in a page that is not selected does not leak, in one that is it shows", () => {
@@ -161,9 +164,15 @@ test("NaN in a page that is not selected does not leak, in one that is it shows"
   const at = (pages: number[]): Selected[] => pages.map((page, slot) => ({ page, slot }));
   const view = { sinkPages: 1, windowPages: 2, resident: true };
   const clean = { ...view, selected: [at([3, 7]), at([5, 7])] };
-  const rows = [rig.lane(clean, story), rig.lane(clean, spoilt), rig.lane({ ...view, selected: [at([5]), at([7])] }, spoilt)];
+  const rows = [
+    rig.lane(clean, story),
+    rig.lane(clean, spoilt),
+    rig.lane({ ...view, selected: [at([5]), at([7])] }, spoilt),
+  ];
   const q = random.normals(rig.qHeads * rig.headDim);
-  const [expected, unselected, selected] = rows.map((lane) => rig.attend([{ lane, position: 191 }], q)) as Float32Array[];
+  const [expected, unselected, selected] = rows.map((lane) =>
+    rig.attend([{ lane, position: 191 }], q),
+  ) as Float32Array[];
   assert(expected!.every(Number.isFinite));
   assertEquals(bits(unselected!), bits(expected!));
   const half = rig.group * rig.headDim;
@@ -202,95 +211,6 @@ test("one captured attention serves every length", () => {
   }
 });
 
-/** A prompt in chunks of these sizes: append, then attend. Returns [token][qHeads·d]. */
-function prefill(rig: Rig, qkv: Float32Array, chunks: readonly number[]): Float32Array {
-  const tokens = chunks.reduce((sum, n) => sum + n, 0);
-  const width = rig.qHeads * rig.headDim;
-  const layer = rig.layers - 1;
-  const layerBytes = Math.ceil(tokens / rig.pageSize) * rig.frameBytes;
-  const frames = rig.frames(rig.alloc(rig.layers * layerBytes), layerBytes);
-  const out = rig.alloc(4 * tokens * width);
-  const input = rig.upload(qkv);
-  let start = 0;
-  for (const n of chunks) {
-    const params = pack.fkv_prefill_params({
-      layer, start, n, frames, qkv: input.address + 4 * start * rig.qkvWidth, out: out.address + 4 * start * width,
-    });
-    rig.device.call("fkv_prefill_append", rig.cache(), params, rig.stream.handle);
-    rig.device.call("fkv_prefill_attend", rig.cache(), params, rig.stream.handle);
-    start += n;
-  }
-  return rig.floats(out);
-}
-/** qkv whose K and V are a story's, so that they are exact in the rig's dtype. */
-function prompt(rig: Rig, random: Random, tokens: number): { qkv: Float32Array; story: Story } {
-  const story = rig.story(random, tokens);
-  const qkv = random.normals(tokens * rig.qkvWidth);
-  for (let t = 0; t < tokens; t++) {
-    for (let i = 0; i < 2 * rig.kvHeads; i++) {
-      const row = rig.rowOf(story, Math.floor(i / rig.kvHeads), t, i % rig.kvHeads);
-      qkv.set(row, t * rig.qkvWidth + (rig.qHeads + i) * rig.headDim);
-    }
-  }
-  return { qkv, story };
-}
-
-test("prefill attention agrees with float64 over head groups, sizes, dtypes and layouts", { timeout: 60_000 }, () => {
-  for (const shape of shapes) {
-    using rig = new Rig({ ...shape, layers: 2 });
-    const random = new Random(21);
-    const tokens = 150;
-    const { qkv, story } = prompt(rig, random, tokens);
-    const out = prefill(rig, qkv, [tokens]);
-    const width = rig.qHeads * rig.headDim;
-    const everything = { sinkPages: 0, windowPages: 1, attendAll: true };
-    for (const t of [0, 1, 15, 63, 64, 65, 127, 149]) {
-      const q = qkv.slice(t * rig.qkvWidth, t * rig.qkvWidth + width);
-      assertClose(out.slice(t * width, (t + 1) * width), rig.expected(story, everything, t, q), `${named(shape)}, token ${t}`);
-    }
-  }
-});
-
-test("a token's bits do not depend on where chunks begin, on the layout or on threads", { timeout: 60_000 }, () => {
-  for (const shape of [{ group: 1, headDim: 96 }, { group: 4, headDim: 64, dtype: "bf16" }, { group: 7, headDim: 24, dtype: "f16" }] as const) {
-    const run = (chunks: number[], options: RigOptions = {}): Uint32Array => {
-      using rig = new Rig({ ...shape, ...options });
-      const { qkv } = prompt(rig, new Random(22), 300);
-      return bits(prefill(rig, qkv, chunks));
-    };
-    const whole = run([300]);
-    assertNotEquals(whole, new Uint32Array(whole.length));
-    assertEquals(run([64, 64, 172]), whole, "at the blocks' edges");
-    assertEquals(run([1, 2, 60, 37, 1, 199]), whole, "anywhere");
-    assertEquals(run(Array.from({ length: 300 }, () => 1)), whole, "one by one");
-    assertEquals(run([300], { threads: 1 }), whole, "on one thread");
-    assertEquals(run([300], { layout: "nhd" }), whole, "in the other layout");
-    assertEquals(run([150, 150], { pageSize: 64 }), whole, "in pages of another size");
-  }
-});
-
-test("a token never sees what follows it, not even NaN", () => {
-  using rig = new Rig({ group: 4, headDim: 64, dtype: "bf16" });
-  const { qkv } = prompt(rig, new Random(23), 100);
-  const clean = prefill(rig, qkv, [100]);
-  const spoilt = qkv.slice();
-  spoilt.fill(Number.NaN, 70 * rig.qkvWidth + rig.qHeads * rig.headDim, 71 * rig.qkvWidth); // K and V of token 70
-  const out = prefill(rig, spoilt, [100]);
-  const width = rig.qHeads * rig.headDim;
-  assertEquals(bits(out.slice(0, 70 * width)), bits(clean.slice(0, 70 * width)));
-  assert(clean.every(Number.isFinite));
-  assert(out.slice(70 * width).every(Number.isNaN));
-});
-
-test("prefill and decode attention of the same token agree", () => {
-  using rig = new Rig({ group: 4, headDim: 64, dtype: "bf16" });
-  const { qkv, story } = prompt(rig, new Random(24), 333);
-  const width = rig.qHeads * rig.headDim;
-  const lane = rig.lane({ sinkPages: 0, windowPages: 1, attendAll: true }, story);
-  const q = qkv.slice(332 * rig.qkvWidth, 332 * rig.qkvWidth + width);
-  assertClose(rig.attend([{ lane, position: 332 }], q), prefill(rig, qkv, [333]).slice(332 * width), "token 332");
-});
-
 test("what attention cannot run on is refused at the call, in words", () => {
   using rig = new Rig();
   rig.lane({ sinkPages: 0, windowPages: 1 }, rig.story(new Random(25), 4));
@@ -308,11 +228,19 @@ test("what attention cannot run on is refused at the call, in words", () => {
   refused(() => decode({ device: { ...rig.frames(0), row: 8 } }), "multiples of 16 bytes");
   const chunk = { layer: 0, start: 0, n: 1, qkv: memory, out: memory, frames: rig.frames(memory) };
   const attend = (changes: Partial<typeof chunk> | { out: null } | { frames: null }): unknown =>
-    rig.device.call("fkv_prefill_attend", rig.cache(), pack.fkv_prefill_params({ ...chunk, ...changes }), rig.stream.handle);
+    rig.device.call(
+      "fkv_prefill_attend",
+      rig.cache(),
+      pack.fkv_prefill_params({ ...chunk, ...changes }),
+      rig.stream.handle,
+    );
   refused(() => attend({ start: -1 }), "1 tokens from position -1");
   refused(() => attend({ out: null }), "params.out is null");
   refused(() => attend({ frames: null }), "params.frames has neither base nor chunks");
   const wrong = pack.fkv_prefill_params(chunk);
   new DataView(wrong).setUint32(0, 8, true);
-  refused(() => rig.device.call("fkv_prefill_attend", rig.cache(), wrong, rig.stream.handle), "struct_bytes is 8");
+  refused(
+    () => rig.device.call("fkv_prefill_attend", rig.cache(), wrong, rig.stream.handle),
+    "struct_bytes is 8",
+  );
 });

@@ -3,7 +3,7 @@
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertThrows } from "@std/assert";
 import { FreeKVError, pack } from "../lib/device.ts";
-import type { RigRow } from "./retrieval/rig.ts";
+import type { RigRow } from "./retrieval/rows.ts";
 import { Steps } from "./retrieval/steps.ts";
 
 const plan = { sinkPages: 1, windowPages: 2, k: 4, slots: 8, tau: [0.1, 0.3] };
@@ -26,7 +26,9 @@ function rowsAt(step: number): (RigRow | undefined)[] {
     { ...row, lane: 3, position: 90 + step, correction: "exact", speculation: "none" },
     { ...row, lane: 4, position: 15 + step, correction: "off", speculation: "none" },
   ];
-  return rows.map((each) => each && { ...each, block: each.lane + lanes.length * Math.floor(each.position / 16) });
+  return rows.map(
+    (each) => each && { ...each, block: each.lane + lanes.length * Math.floor(each.position / 16) },
+  );
 }
 
 function assertSame(a: Record<string, Uint8Array>, b: Record<string, Uint8Array>, what: string): void {
@@ -36,7 +38,9 @@ function assertSame(a: Record<string, Uint8Array>, b: Record<string, Uint8Array>
   }
 }
 
-test("the fused retrieval leaves the bits of the separate operations, over 200 steps", { timeout: 60_000 }, () => {
+test("the fused retrieval leaves the bits of the separate operations, over 200 steps", {
+  timeout: 60_000,
+}, () => {
   using fused = new Steps({ ...shape, fused: true });
   using separate = new Steps({ ...shape, fused: false });
   const seen = new Set<string>();
@@ -52,7 +56,8 @@ test("the fused retrieval leaves the bits of the separate operations, over 200 s
     seen.add(`${flagged} flagged`);
   }
   assertGreater(seen.size, 150, "selections and flags change");
-  const nanoseconds = (steps: Steps): number => Number(new BigUint64Array(steps.rig.read(steps.stall.address, 8))[0]);
+  const nanoseconds = (steps: Steps): number =>
+    Number(new BigUint64Array(steps.rig.read(steps.stall.address, 8))[0]);
   assertGreater(nanoseconds(fused), 1000);
   assertEquals(nanoseconds(separate), 0);
 });
@@ -68,7 +73,8 @@ test("one captured step serves every length", { timeout: 60_000 }, () => {
   });
   for (let step = 0; step < 120; step++) {
     for (const steps of [replayed, issued]) steps.feed(rows.length);
-    for (const [i, row] of rowsAt(step).entries()) rig.writeRow((step % rig.ringEntries) * rig.maxRows + i, row);
+    for (const [i, row] of rowsAt(step).entries())
+      rig.writeRow((step % rig.ringEntries) * rig.maxRows + i, row);
     rig.stream.write(rig.step, Uint32Array.of(step));
     rig.stream.launch(graph);
     issued.rig.load(rowsAt(step));
@@ -77,7 +83,11 @@ test("one captured step serves every length", { timeout: 60_000 }, () => {
     rig.stream.synchronize();
   }
   const reached = new Int32Array(replayed.snapshot(6)["selectedPage 0"]?.buffer as ArrayBuffer);
-  assertGreater(Math.max(...reached), Math.floor(200 / 16) - 2, "pages were selected that the capture did not know");
+  assertGreater(
+    Math.max(...reached),
+    Math.floor(200 / 16) - 2,
+    "pages were selected that the capture did not know",
+  );
 });
 
 test("a retrieval that serves no head counts no stall", () => {

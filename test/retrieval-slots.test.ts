@@ -8,7 +8,9 @@ import { Walk, type WalkOptions } from "./retrieval/walk.ts";
 const plan = { sinkPages: 1, windowPages: 2, k: 4, slots: 8 };
 const freekv = { correction: "threshold", speculation: "next", prefetch: 0, start: 161 } as const;
 
-test("slots follow the plain model over 320 steps of mixed policies and empty rows", { timeout: 60_000 }, () => {
+test("slots follow the plain model over 320 steps of mixed policies and empty rows", {
+  timeout: 60_000,
+}, () => {
   using walk = new Walk({
     seed: 1,
     absent: (step, lane) => step % 7 === lane || (step % 11 === 10 && lane < 3),
@@ -43,7 +45,14 @@ const layouts = [
 for (const layout of layouts) {
   const name = `gather brings host pages byte for byte, host ${layout.hostLayout} to device ${layout.deviceLayout}`;
   test(name, { timeout: 60_000 }, () => {
-    using walk = new Walk({ seed: 2, kvHeads: 3, pageSize: 32, lanes: [plan], rows: [{ ...freekv, start: 700 }], ...layout });
+    using walk = new Walk({
+      seed: 2,
+      kvHeads: 3,
+      pageSize: 32,
+      lanes: [plan],
+      rows: [{ ...freekv, start: 700 }],
+      ...layout,
+    });
     walk.first();
     for (let i = 0; i < 70; i++) walk.step();
     assertGreater(walk.totals.missesNow, 20);
@@ -62,7 +71,9 @@ function attended(options: Partial<WalkOptions>, shuffle?: number): { pages: num
   return { pages: walk.attended, misses: walk.totals.missesNow };
 }
 
-test("the selection never depends on slots, on where pages lie in them, or on prefetch", { timeout: 60_000 }, () => {
+test("the selection never depends on slots, on where pages lie in them, or on prefetch", {
+  timeout: 60_000,
+}, () => {
   const base = attended({ lanes: [{ ...plan, slots: 4 }] });
   assertGreater(new Set(base.pages.map(String)).size, 100);
   const others = [
@@ -74,7 +85,11 @@ test("the selection never depends on slots, on where pages lie in them, or on pr
     attended({ lanes: [{ ...plan, slots: 8 }], threads: 1 }),
   ];
   for (const other of others) assertEquals(other.pages, base.pages);
-  assertGreater(new Set(others.map(({ misses }) => misses)).size, 3, "residency must differ where selections do not");
+  assertGreater(
+    new Set(others.map(({ misses }) => misses)).size,
+    3,
+    "residency must differ where selections do not",
+  );
 });
 
 test("exact correction, retrieve and lazy speculation with exact correction attend the same pages", () => {
@@ -91,7 +106,11 @@ test("speculation made lazily attends what speculation beside the step attends",
 });
 
 test("a budget over all candidates selects every one of them and scores none", { timeout: 60_000 }, () => {
-  using walk = new Walk({ seed: 4, lanes: [{ ...plan, k: 16, slots: 16 }], rows: [{ ...freekv, prefetch: 3 }] });
+  using walk = new Walk({
+    seed: 4,
+    lanes: [{ ...plan, k: 16, slots: 16 }],
+    rows: [{ ...freekv, prefetch: 3 }],
+  });
   walk.first();
   for (let i = 0; i < 100; i++) walk.step();
   const { rig } = walk;

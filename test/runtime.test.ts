@@ -1,6 +1,6 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// The twin's runtime: what runs when, and what is refused. It stands in for a GPU in every other test, so what it
-// lets pass here passes everywhere.
+// The twin's runtime: what runs when, and what is refused. It stands in for a GPU in every other test,
+// so a fault that it lets pass is let pass everywhere.
 
 import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
@@ -69,7 +69,7 @@ test("on threads a call returns while its work runs", { timeout }, () => {
   assert(event.query());
 });
 
-/** What two streams write to one byte, as a copy sees it behind each write; `ordered`: the second stream waits. */
+/** What two streams write to one byte, as a copy sees it behind each write. `ordered`: the second waits. */
 function interleaving(scheduleSeed: number, ordered: boolean): string {
   using device = open({ scheduleSeed });
   using first = device.stream();
@@ -151,6 +151,27 @@ test("a wait is for the latest record before it, not for a later one", { timeout
       assert(!event.query(), "the query is of the latest record, whose copy is on its way");
     slow.synchronize();
     assert(event.query());
+  }
+});
+
+test("a stream on its thread waits as long as the event takes", { timeout }, () => {
+  using device = open({ linkBytesPerSecond: 100e6 });
+  using first = device.stream();
+  using second = device.stream();
+  using event = device.event();
+  using there = device.alloc(1_000_000);
+  using host = device.pinned(1_000_000);
+  using seen = device.pinned(1);
+  for (const value of [1, 2, 3]) {
+    host.view(Uint8Array).fill(value);
+    first.copy(there, host); // 10 ms
+    first.copy(host, there);
+    first.memset(there, 10 * value, 1);
+    first.record(event);
+    second.wait(event);
+    second.copy(seen, there, 1);
+    second.synchronize();
+    assertEquals(seen.view(Uint8Array)[0], 10 * value);
   }
 });
 

@@ -104,7 +104,9 @@ int32_t Memory::device_free(void* memory) {
 }
 
 void Memory::give_back_pages(uintptr_t start, uint64_t bytes) {
-  mmap(reinterpret_cast<void*>(start), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  // Mapped anew, the pages themselves go back to the system.
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  mmap(reinterpret_cast<void*>(start), bytes, PROT_NONE, kFlags, -1, 0);
   auto next = free_.lower_bound(start);
   if (next != free_.end() && next->first == start + bytes) {
     bytes += next->second;

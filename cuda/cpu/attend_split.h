@@ -29,7 +29,7 @@ struct Split {
 // Fills `sums`. weight = exp(score − maximum); a NaN among the scores makes all of the result NaN.
 void attend_split(const Split& split, int32_t dtype);
 
-// One query head's output [head_dim] from `n` splits' sums, `stride` floats apart, in their order.
-void combine_splits(float* out, const float* sums, int64_t stride, int32_t n, int64_t width, int32_t head_dim);
+// One query head's output [head_dim] from `n` splits' sums, `stride` floats apart, in their order. Spoils the maxima.
+void combine_splits(float* out, float* sums, int64_t stride, int32_t n, int64_t width, int32_t head_dim);
 
 }  // namespace fkv

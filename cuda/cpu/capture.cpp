@@ -90,7 +90,7 @@ int32_t fkv_capture_end(fkv_graph** graph, fkv_stream* stream) {
     fkv_device* device = stream->device;
     std::lock_guard<std::mutex> issue(device->issue);
     const std::shared_ptr<Capture> capture = stream->capture;
-    FKV_REQUIRE(capture != nullptr, FKV_CAPTURE, "fkv_capture_end: the stream does not capture; call fkv_capture_begin");
+    FKV_REQUIRE(capture != nullptr, FKV_CAPTURE, "fkv_capture_end: the stream does not capture");
     if (capture->origin != stream) {
       return break_capture(*capture, "fkv_capture_end on another stream than the one that the capture began on");
     }
@@ -104,8 +104,8 @@ int32_t fkv_capture_end(fkv_graph** graph, fkv_stream* stream) {
                 capture->broken.c_str());
     const int unjoined = unjoined_node(nodes, last);
     FKV_REQUIRE(unjoined < 0, FKV_CAPTURE,
-                "unjoined fork: nothing on the capture's stream comes after operation %d, %s; record an event behind it and "
-                "wait for that before fkv_capture_end. The graph is dropped",
+                "unjoined fork: nothing on the capture's stream comes after operation %d, %s; record an event "
+                "behind it and wait for that before fkv_capture_end. The graph is dropped",
                 unjoined, nodes[unjoined].name);
     auto made = std::make_unique<fkv_graph>(device, std::make_shared<GraphBody>(std::move(nodes)));
     *graph = made.get();

@@ -37,7 +37,7 @@ void require_reachable(fkv_device* device, const void* memory, uint64_t bytes, c
 int32_t refuse_pageable(fkv_stream* stream, const char* side) {
   std::lock_guard<std::mutex> issue(stream->device->issue);
   if (!stream->capture) return FKV_OK;
-  return break_capture(*stream->capture, std::string("a copy whose ") + side + " is pageable memory; use pinned memory");
+  return break_capture(*stream->capture, std::string("a copy whose ") + side + " is pageable; use pinned memory");
 }
 
 int32_t launch_copy(const char* name, Copy copy, fkv_stream* stream) {
@@ -80,7 +80,8 @@ int32_t check_reachable(fkv_stream* stream, const void* memory, uint64_t bytes, 
 
 int32_t check_word(fkv_stream* stream, const uint64_t* word, const char* what) {
   if (const int32_t status = check_reachable(stream, word, sizeof *word, what)) return status;
-  FKV_REQUIRE(reinterpret_cast<uintptr_t>(word) % alignof(uint64_t) == 0, FKV_BAD_ARGUMENT, "%s: not 8-byte aligned", what);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(word);
+  FKV_REQUIRE(address % alignof(uint64_t) == 0, FKV_BAD_ARGUMENT, "%s: not 8-byte aligned", what);
   return FKV_OK;
 }
 
@@ -93,8 +94,8 @@ int32_t fkv_memcpy_async(void* dst, const void* src, uint64_t bytes, fkv_stream*
     if (bytes == 0) return FKV_OK;
     const uintptr_t to = reinterpret_cast<uintptr_t>(dst), from = reinterpret_cast<uintptr_t>(src);
     FKV_REQUIRE((to < from ? from - to : to - from) >= bytes, FKV_BAD_ARGUMENT, "dst and src overlap");
-    return launch_copy("fkv_memcpy_async", {static_cast<char*>(dst), static_cast<const char*>(src), bytes, bytes, bytes, 1},
-                       stream);
+    const Copy copy{static_cast<char*>(dst), static_cast<const char*>(src), bytes, bytes, bytes, 1};
+    return launch_copy("fkv_memcpy_async", copy, stream);
   });
 }
 
@@ -108,8 +109,8 @@ int32_t fkv_memcpy_2d_async(void* dst, uint64_t dst_pitch, const void* src, uint
     FKV_REQUIRE(dst_pitch >= width && src_pitch >= width, FKV_BAD_ARGUMENT, "%s: rows of %llu bytes do not fit in it",
                 dst_pitch < width ? "dst_pitch" : "src_pitch", static_cast<unsigned long long>(width));
     FKV_REQUIRE(height <= (uint64_t{1} << 62) / pitch, FKV_BAD_ARGUMENT, "height: too many rows");
-    return launch_copy("fkv_memcpy_2d_async",
-                       {static_cast<char*>(dst), static_cast<const char*>(src), dst_pitch, src_pitch, width, height}, stream);
+    const Copy copy{static_cast<char*>(dst), static_cast<const char*>(src), dst_pitch, src_pitch, width, height};
+    return launch_copy("fkv_memcpy_2d_async", copy, stream);
   });
 }
 

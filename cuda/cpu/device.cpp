@@ -83,7 +83,8 @@ int32_t fkv_device_open(fkv_device** device, const fkv_device_params* params) {
   return guarded([&]() -> int32_t {
     FKV_REQUIRE(device != nullptr && params != nullptr, FKV_BAD_ARGUMENT, "%s: null", device ? "params" : "device");
     FKV_REQUIRE(params->struct_bytes == sizeof *params, FKV_ABI_MISMATCH,
-                "fkv_device_params: the caller's has %u bytes, this library's %zu", params->struct_bytes, sizeof *params);
+                "fkv_device_params: the caller's has %u bytes, this library's %zu", params->struct_bytes,
+                sizeof *params);
     FKV_REQUIRE(params->ordinal == 0, FKV_NO_DEVICE, "ordinal %d: the twin is one device, ordinal 0", params->ordinal);
     FKV_REQUIRE(params->threads >= 0 && params->threads <= 1024, FKV_BAD_ARGUMENT, "threads: %d is not in 0..1024",
                 params->threads);

@@ -16,9 +16,8 @@ namespace {
 
 constexpr int64_t kTaskPages = 64;    // pages that one task scores
 constexpr int64_t kBlockPages = 256;  // pages whose softmax terms are summed before the tree
-constexpr int64_t kAhead =
-    4;  // pages between the digest being fetched and the one being scored: blocks lie anywhere in the pool
-constexpr int32_t kMaxHeads = 4;  // query heads that share one pass over the digests
+constexpr int32_t kMaxHeads = 4;      // query heads that share one pass over the digests
+constexpr int64_t kAhead = 4;         // a digest is fetched this many pages before it is scored: blocks lie anywhere
 
 // One KV head of one row.
 struct Unit {
@@ -186,8 +185,8 @@ std::vector<Unit> units_of(const fkv_cache& cache, const fkv_workspace& workspac
       if (query == Query::none) continue;
       if (!required) require_blocks(blocks, n);
       required = true;
-      const float* q = query == Query::current ? group_query(cache, qkv, i, h)
-                                               : group_query_before(cache, *lane, layer, h);
+      const float* q =
+          query == Query::current ? group_query(cache, qkv, i, h) : group_query_before(cache, *lane, layer, h);
       units.push_back({q, blocks, nullptr, workspace.scores + miss_list(cache, i, h) * cache.max_pages, n, 0, h});
     }
   }

@@ -36,7 +36,7 @@ int32_t wait_in_capture(fkv_event* event, fkv_stream* stream) {
   if (event->capture && !event->capture->ended) {
     break_capture(*event->capture, "another capture waited on an event recorded in this one");
   }
-  return break_capture(capture, "a wait on an event recorded outside the capture; record it on a stream of the capture");
+  return break_capture(capture, "a wait on an event recorded outside the capture; record it inside");
 }
 
 // With `issue` held: the stream joins the capture in which the event was recorded.

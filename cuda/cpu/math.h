@@ -100,44 +100,52 @@ FKV_INLINE void store_vec(void* p, int64_t i, int32_t dtype, vec v) {
   }
 }
 
-// Sum over the lanes, always in this tree: j and j + 8, then j + 4, j + 2, j + 1.
+// Halves and quarters of a vector: the registers of narrower CPUs.
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
+
+// Sum over the lanes, always in this tree: j and j + 8, then j + 4, j + 2, j + 1 (of a narrower vector, its last levels).
+FKV_INLINE float sum_lanes(vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+FKV_INLINE float sum_lanes(vec8 v) {
+  vec4 half[2];
+  std::memcpy(half, &v, sizeof v);
+  return sum_lanes(half[0] + half[1]);
+}
 FKV_INLINE float sum_lanes(vec v) {
-  typedef float half8 __attribute__((vector_size(32)));
-  typedef float half4 __attribute__((vector_size(16)));
-  half8 a[2];
-  std::memcpy(a, &v, sizeof v);
-  const half8 b = a[0] + a[1];
-  half4 c[2];
-  std::memcpy(c, &b, sizeof b);
-  const half4 d = c[0] + c[1];
-  return (d[0] + d[2]) + (d[1] + d[3]);
+  vec8 half[2];
+  std::memcpy(half, &v, sizeof v);
+  return sum_lanes(half[0] + half[1]);
 }
 // Largest lane; which one where lanes hold NaN is not defined.
-FKV_INLINE float max_lanes(vec v) {
-  typedef float half8 __attribute__((vector_size(32)));
-  typedef float half4 __attribute__((vector_size(16)));
-  half8 a[2];
-  std::memcpy(a, &v, sizeof v);
-  const half8 b = a[0] > a[1] ? a[0] : a[1];
-  half4 c[2];
-  std::memcpy(c, &b, sizeof b);
-  const half4 d = c[0] > c[1] ? c[0] : c[1];
-  const float even = d[0] > d[2] ? d[0] : d[2], odd = d[1] > d[3] ? d[1] : d[3];
+FKV_INLINE float max_lanes(vec4 v) {
+  const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
   return even > odd ? even : odd;
+}
+FKV_INLINE float max_lanes(vec8 v) {
+  vec4 half[2];
+  std::memcpy(half, &v, sizeof v);
+  return max_lanes(half[0] > half[1] ? half[0] : half[1]);
+}
+FKV_INLINE float max_lanes(vec v) {
+  vec8 half[2];
+  std::memcpy(half, &v, sizeof v);
+  return max_lanes(half[0] > half[1] ? half[0] : half[1]);
 }
 
 // e^x to within 1 ulp; −inf gives 0, +inf and anything above 88.73 gives +inf, NaN stays NaN, small results are subnormal.
 // x = n·ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor series up to r^7 (remainder 5e-9 of the result), then two exact
 // multiplications by powers of two, because 2^n itself may lie outside the normal numbers.
-FKV_INLINE vec exp_vec(vec x) {
-  x = x < -104.0f ? vec_of(-104.0f) : x;
-  x = x > 89.0f ? vec_of(89.0f) : x;
+template <class F>
+FKV_INLINE F exp_lanes(F x) {
+  typedef decltype(x < x) Whole;  // int32 lanes
+  x = x < -104.0f ? F{} - 104.0f : x;
+  x = x > 89.0f ? F{} + 89.0f : x;
   const float rounder = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer and leaves that in the low bits
-  const vec shifted = x * 1.44269504088896341f + rounder;
-  const vec n = shifted - rounder;
-  vec r = x - n * 0.693145751953125f;  // ln 2 in two parts, the first short enough for n times it to be exact
+  const F shifted = x * 1.44269504088896341f + rounder;
+  const F n = shifted - rounder;
+  F r = x - n * 0.693145751953125f;  // ln 2 in two parts, the first short enough for n times it to be exact
   r = r - n * 1.42860682030941723e-06f;
-  vec p = vec_of(1.0f / 5040.0f);
+  F p = F{} + 1.0f / 5040.0f;
   p = p * r + 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
@@ -145,10 +153,11 @@ FKV_INLINE vec exp_vec(vec x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const veci whole = reinterpret_cast<veci>(shifted) - 0x4b400000;
-  const veci half = whole >> 1;
-  return p * reinterpret_cast<vec>((half + 127) << 23) * reinterpret_cast<vec>((whole - half + 127) << 23);
+  const Whole whole = reinterpret_cast<Whole>(shifted) - 0x4b400000;
+  const Whole half = whole >> 1;
+  return p * reinterpret_cast<F>((half + 127) << 23) * reinterpret_cast<F>((whole - half + 127) << 23);
 }
+FKV_INLINE vec exp_vec(vec x) { return exp_lanes(x); }
 
 // RMSNorm of n values: out = x·(1/√(mean(x²) + eps))·weight; out may be x. Squares are summed per lane, then in the lane tree.
 FKV_INLINE void rms_norm(float* out, const float* x, const void* weight, int32_t dtype, int64_t n, float eps) {

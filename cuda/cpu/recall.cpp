@@ -66,6 +66,12 @@ void gather_one(const fkv_cache& cache, const List& list, const fkv_miss& miss, 
 void scatter_entries(Context& context, const fkv_cache& cache, const char* staging, const fkv_scatter_entry* entries,
                      int32_t n, int32_t layer) {
   const int64_t bytes = head_page_bytes(cache);
+  for (int32_t i = 0; i < n; ++i) {
+    const fkv_scatter_entry& entry = entries[i];
+    if (entry.lane < 0 || entry.head < 0 || entry.head >= cache.n_kv_heads || entry.slot < 0 ||
+        entry.slot >= cache.lanes[entry.lane].n_slots)
+      throw std::runtime_error("an entry of a scatter names no slot; were the entries written before it ran?");
+  }
   context.parallel(n, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const fkv_scatter_entry& entry = entries[i];

@@ -1,5 +1,4 @@
-// retrieve.cpp: the fused retrieval: the bodies of the separate operations in their order, so that both give the same
-// bits.
+// retrieve.cpp: the fused retrieval runs the bodies of the separate operations in their order: the same bits.
 #include "frames.h"
 #include "serves.h"
 #include "stages.h"

@@ -10,10 +10,10 @@ namespace fkv {
 
 struct Record;
 
-// Runs queued operations one at a time on the thread that asks. Which of the streams' ready heads comes next (of a graph
-// in progress: which lane's next node) is drawn from the seed: for a stretch of random length one ranking of streams and
-// lanes holds, so that those at its end starve; now and then an operation is drawn evenly. The same seed and the same
-// host calls give the same order.
+// Runs queued operations one at a time on the thread that asks. Which of the streams' ready heads comes next (of a
+// graph in progress: which lane's next node) is drawn from the seed: for a stretch of random length one ranking of
+// streams and lanes holds, so that those at its end starve; now and then an operation is drawn evenly. The same seed
+// and the same host calls give the same order.
 class Schedule {
  public:
   Schedule(fkv_device* device, uint64_t seed) : device_(device), state_(seed) {}

@@ -60,8 +60,7 @@ void choose(Head& head, const float* scores, int32_t candidates, int32_t prefetc
   std::sort(pages, pages + head.n_selected);
 }
 
-// Pages that already have a slot keep it. `victims`: the slots outside the selection, the one to be replaced first in
-// front.
+// Pages that already have a slot keep it. `victims`: the slots outside the selection, in the order of replacement.
 void find_hits(Head& head, std::vector<int32_t>& victims) {
   const int32_t* const begin = head.selected_page;
   const int32_t* const end = begin + head.n_selected;
@@ -69,10 +68,9 @@ void find_hits(Head& head, std::vector<int32_t>& victims) {
   victims.clear();
   for (int32_t slot = 0; slot < head.lane.n_slots; ++slot) {
     const int32_t* found = std::lower_bound(begin, end, head.slot_page[slot]);
-    if (found != end && *found == head.slot_page[slot])
-      head.selected_slot[found - begin] = slot;
-    else
-      victims.push_back(slot);
+    const bool hit = found != end && *found == head.slot_page[slot];
+    if (hit) head.selected_slot[found - begin] = slot;
+    if (!hit) victims.push_back(slot);
   }
   const int32_t* used = head.slot_used;
   std::sort(victims.begin(), victims.end(),
@@ -149,7 +147,7 @@ void require_lane(const fkv_cache& cache, const fkv_lane& lane) {
   if (lane.resident) return;
   if (lane.n_slots < lane.k) throw std::runtime_error("a lane has fewer slots than it selects pages");
   if (lane.n_slots > cache.max_slots)
-    throw std::runtime_error("a lane has more slots than the miss lists hold (max_slots)");
+    throw std::runtime_error("a lane has more slots than miss lists hold (max_slots)");
 }
 
 }  // namespace

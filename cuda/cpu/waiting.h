@@ -18,8 +18,8 @@ constexpr uint64_t kForever = UINT64_MAX;
 constexpr uint64_t kSpinNs = 50'000;
 
 inline uint64_t now_ns() {
-  return static_cast<uint64_t>(
-      std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
 }
 
 inline void cpu_pause() {

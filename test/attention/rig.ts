@@ -2,22 +2,22 @@
 // A cache on the twin for tests of attention and pages: stories (K and V of every token) placed where a lane keeps them.
 // Device memory starts as NaN, so whatever reads a page that was not placed shows.
 
+import type { Values } from "../../ffi/structs.ts";
 import {
   Device,
   type DeviceBuffer,
   FKV_BF16,
   FKV_F16,
   FKV_F32,
-  pack,
   type PinnedBuffer,
-  size,
+  pack,
   type Stream,
-  type Values,
+  size,
 } from "../../lib/device.ts";
 import { fromFloat32, toFloat32 } from "../../lib/float.ts";
 import { attend, type View, visitedPages } from "../reference/attention.ts";
 import { frameOf, type PageLayout, stridesOf } from "../retrieval/images.ts";
-import { Random } from "../retrieval/random.ts";
+import type { Random } from "../retrieval/random.ts";
 
 export type Dtype = "f32" | "bf16" | "f16";
 export const dtypeCodes: Readonly<Record<Dtype, number>> = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
@@ -73,7 +73,12 @@ export class Rig implements Disposable {
   readonly elementBytes: number;
   readonly frameBytes: number;
   readonly rows: DeviceBuffer;
-  readonly lanes: { readonly frames: DeviceBuffer; readonly qPrev: DeviceBuffer; readonly nFrames: number; readonly spec: LaneSpec }[] = [];
+  readonly lanes: {
+    readonly frames: DeviceBuffer;
+    readonly qPrev: DeviceBuffer;
+    readonly nFrames: number;
+    readonly spec: LaneSpec;
+  }[] = [];
   readonly #lanes: DeviceBuffer;
   readonly #kept: Disposable[] = []; // nothing a struct points to may be collected
 
@@ -118,7 +123,10 @@ export class Rig implements Disposable {
     return buffer;
   }
   /** Device memory, once everything issued has run. */
-  download(memory: DeviceBuffer | number, bytes = (memory as DeviceBuffer).bytes): Uint8Array<ArrayBuffer> {
+  download(
+    memory: DeviceBuffer | number,
+    bytes: number = (memory as DeviceBuffer).bytes,
+  ): Uint8Array<ArrayBuffer> {
     using pinned = this.device.pinned(bytes);
     this.stream.copy(pinned, memory, bytes);
     this.stream.synchronize();
@@ -129,9 +137,20 @@ export class Rig implements Disposable {
   }
 
   /** The frames of one layer of a lane or a pool, page p at index p. */
-  frames(base: DeviceBuffer | PinnedBuffer | number, layerBytes = 0, layout: PageLayout = this.layout): Values<"fkv_frames"> {
+  frames(
+    base: DeviceBuffer | PinnedBuffer | number,
+    layerBytes = 0,
+    layout: PageLayout = this.layout,
+  ): Values<"fkv_frames"> {
     const address = typeof base === "number" ? base : base.address;
-    return { ...stridesOf(this, layout), base: address, chunks: null, layer: layerBytes, frame: this.frameBytes, shift: 0 };
+    return {
+      ...stridesOf(this, layout),
+      base: address,
+      chunks: null,
+      layer: layerBytes,
+      frame: this.frameBytes,
+      shift: 0,
+    };
   }
 
   cache(changes: Partial<Values<"fkv_cache">> = {}): ArrayBuffer {
@@ -180,13 +199,20 @@ export class Rig implements Disposable {
     const values = new Float32Array(2 * this.pageSize * this.headDim).fill(Number.NaN);
     for (let kv = 0; kv < 2; kv++) {
       for (let row = 0; row < this.pageSize && page * this.pageSize + row < story.tokens; row++) {
-        values.set(this.rowOf(story, kv, page * this.pageSize + row, head), (kv * this.pageSize + row) * this.headDim);
+        values.set(
+          this.rowOf(story, kv, page * this.pageSize + row, head),
+          (kv * this.pageSize + row) * this.headDim,
+        );
       }
     }
     return fromFloat32(values, this.dtype);
   }
   framePage(story: Story, page: number, layout: PageLayout = this.layout): Uint8Array {
-    return frameOf(this, layout, Array.from({ length: this.kvHeads }, (_, head) => this.headPage(story, page, head)));
+    return frameOf(
+      this,
+      layout,
+      Array.from({ length: this.kvHeads }, (_, head) => this.headPage(story, page, head)),
+    );
   }
 
   frameIndex(spec: LaneSpec, page: number): number {
@@ -207,7 +233,9 @@ export class Rig implements Disposable {
         stream.copy(frames.address + (layer * nFrames + frame) * this.frameBytes, bytes);
       }
     };
-    const kept = resident ? Array.from({ length: pages }, (_, page) => page) : visitedPages(spec, [], story.tokens - 1, pageSize);
+    const kept = resident
+      ? Array.from({ length: pages }, (_, page) => page)
+      : visitedPages(spec, [], story.tokens - 1, pageSize);
     for (const page of kept) place(this.frameIndex(spec, page), this.framePage(story, page));
 
     const selected = spec.selected ?? Array.from({ length: this.kvHeads }, () => []);
@@ -215,7 +243,9 @@ export class Rig implements Disposable {
     for (let slot = 0; slot < slots; slot++) {
       const images = selected.map((list, head) => {
         const entry = list.find((entry) => entry.slot === slot);
-        return entry ? this.headPage(story, entry.page, head) : this.headPage({ ...story, tokens: 0 }, 0, head);
+        return entry
+          ? this.headPage(story, entry.page, head)
+          : this.headPage({ ...story, tokens: 0 }, 0, head);
       });
       if (!resident) place(spec.sinkPages + spec.windowPages + 1 + slot, frameOf(this, this.layout, images));
     }
@@ -225,14 +255,29 @@ export class Rig implements Disposable {
       Array.from({ length: k }, (_, i) => (list[i] ? of(list[i]) : -1));
     const tables = {
       n_selected: this.upload(perLayer((list) => [list.length])),
-      selected_page: this.upload(k === 0 ? new Int32Array(1) : perLayer((list) => padded(list, (entry) => entry.page))),
-      selected_slot: this.upload(k === 0 ? new Int32Array(1) : perLayer((list) => padded(list, (entry) => entry.slot))),
+      selected_page: this.upload(
+        k === 0 ? new Int32Array(1) : perLayer((list) => padded(list, (entry) => entry.page)),
+      ),
+      selected_slot: this.upload(
+        k === 0 ? new Int32Array(1) : perLayer((list) => padded(list, (entry) => entry.slot)),
+      ),
     };
     const qPrev = this.alloc(4 * this.layers * this.qHeads * this.headDim);
     const packed = pack.fkv_lane({
-      frames: frames.address, q_prev: qPrev, logits: null, tau: null, slot_page: null, slot_used: null, ...tables,
-      n_frames: nFrames, sink_pages: spec.sinkPages, window_pages: spec.windowPages, k, n_slots: slots,
-      resident: resident ? 1 : 0, attend_all: spec.attendAll ? 1 : 0,
+      frames: frames.address,
+      q_prev: qPrev,
+      logits: null,
+      tau: null,
+      slot_page: null,
+      slot_used: null,
+      ...tables,
+      n_frames: nFrames,
+      sink_pages: spec.sinkPages,
+      window_pages: spec.windowPages,
+      k,
+      n_slots: slots,
+      resident: resident ? 1 : 0,
+      attend_all: spec.attendAll ? 1 : 0,
     });
     stream.write(this.#lanes.address + this.lanes.length * size.fkv_lane, packed);
     return this.lanes.push({ frames, qPrev, nFrames, spec }) - 1;
@@ -242,8 +287,19 @@ export class Rig implements Disposable {
   setRows(rows: readonly (Row | undefined)[]): void {
     for (const [i, row] of rows.entries()) {
       const packed = pack.fkv_row({
-        seed: 0, sequence: row?.lane ?? -1, position: row?.position ?? 0, token: 0, target: -1, block: row?.block ?? -1,
-        correction: 0, speculation: 0, prefetch: 0, top_k: 0, n_top: 0, temperature: 0, top_p: 1,
+        seed: 0,
+        sequence: row?.lane ?? -1,
+        position: row?.position ?? 0,
+        token: 0,
+        target: -1,
+        block: row?.block ?? -1,
+        correction: 0,
+        speculation: 0,
+        prefetch: 0,
+        top_k: 0,
+        n_top: 0,
+        temperature: 0,
+        top_p: 1,
       });
       this.stream.write(this.rows.address + i * size.fkv_row, packed);
     }
@@ -256,7 +312,15 @@ export class Rig implements Disposable {
     for (let r = 0; r < rows.length; r++) qkv.set(q.subarray(r * width, (r + 1) * width), r * this.qkvWidth);
     const out = this.alloc(4 * rows.length * width);
     this.setRows(rows);
-    this.device.call("fkv_attend", out.address, this.cache(), this.upload(qkv).address, layer, rows.length, this.stream.handle);
+    this.device.call(
+      "fkv_attend",
+      out.address,
+      this.cache(),
+      this.upload(qkv).address,
+      layer,
+      rows.length,
+      this.stream.handle,
+    );
     return this.floats(out);
   }
 

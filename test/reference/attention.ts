@@ -8,7 +8,12 @@ export interface View {
 }
 
 /** The pages that one head visits at `position`, in order: sink, its selection, window; all of them where everything is attended. */
-export function visitedPages(view: View, selected: readonly number[], position: number, pageSize: number): number[] {
+export function visitedPages(
+  view: View,
+  selected: readonly number[],
+  position: number,
+  pageSize: number,
+): number[] {
   const last = Math.floor(position / pageSize);
   const all = Array.from({ length: last + 1 }, (_, page) => page);
   if (view.attendAll) return all;

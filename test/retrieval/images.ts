@@ -18,7 +18,12 @@ export function stridesOf(shape: PageShape, layout: PageLayout): { head: number;
 }
 
 /** One head's page out of a frame. */
-export function headPageOf(shape: PageShape, layout: PageLayout, frame: Uint8Array, head: number): Uint8Array {
+export function headPageOf(
+  shape: PageShape,
+  layout: PageLayout,
+  frame: Uint8Array,
+  head: number,
+): Uint8Array {
   const out = new Uint8Array(2 * shape.pageSize * shape.headDim * shape.elementBytes);
   forRows(shape, layout, head, (at, inPage, bytes) => out.set(frame.subarray(at, at + bytes), inPage));
   return out;
@@ -43,7 +48,11 @@ function forRows(
   const bytes = shape.headDim * shape.elementBytes;
   for (let kv = 0; kv < 2; kv++) {
     for (let row = 0; row < shape.pageSize; row++) {
-      each(head * strides.head + kv * strides.kv + row * strides.row, (kv * shape.pageSize + row) * bytes, bytes);
+      each(
+        head * strides.head + kv * strides.kv + row * strides.row,
+        (kv * shape.pageSize + row) * bytes,
+        bytes,
+      );
     }
   }
 }

@@ -1,45 +1,28 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // A small cache on the twin, with every table in reach of a test: lanes, host pool in chunks, digests, workspaces.
 
+import type { Dtype } from "../../lib/checkpoint.ts";
 import {
-  Device,
   type DeviceBuffer,
   FKV_BF16,
-  FKV_CORRECT_EXACT,
-  FKV_CORRECT_OFF,
-  FKV_CORRECT_THRESHOLD,
   FKV_F16,
   FKV_F32,
   FKV_FIRST,
   FKV_NEXT,
   FKV_NOW,
-  FKV_SPECULATE_LAZY,
-  FKV_SPECULATE_NEXT,
-  FKV_SPECULATE_NONE,
-  pack,
   type PinnedBuffer,
+  pack,
   size,
-  type Stream,
 } from "../../lib/device.ts";
+import type { Counts, Stage } from "../reference/retrieval.ts";
 import { frameOf, headPageOf, type PageLayout, stridesOf } from "./images.ts";
-import type { Counts, LanePlan, RowPlan, Stage } from "../reference/retrieval.ts";
+import { type LaneTables, laneTables, packLane, type RigLane } from "./lane.ts";
+import { Memory, type MemoryOptions } from "./memory.ts";
+import { packRow, type RigRow } from "./rows.ts";
 
-export const dtypes = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 } as const;
+const dtypes = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
 export const stages: Record<Stage, number> = { now: FKV_NOW, next: FKV_NEXT, first: FKV_FIRST };
-const corrections = { off: FKV_CORRECT_OFF, threshold: FKV_CORRECT_THRESHOLD, exact: FKV_CORRECT_EXACT };
-const speculations = { none: FKV_SPECULATE_NONE, next: FKV_SPECULATE_NEXT, lazy: FKV_SPECULATE_LAZY };
-
-export interface RigLane extends LanePlan {
-  /** One a layer; 0.8 if absent. */
-  tau?: number[];
-}
-export interface RigRow extends RowPlan {
-  lane: number;
-  position: number;
-  token?: number;
-  block?: number;
-}
-export interface RigOptions {
+export interface RigOptions extends MemoryOptions {
   lanes: RigLane[];
   layers?: number;
   kvHeads?: number;
@@ -48,24 +31,11 @@ export interface RigOptions {
   pageSize?: number;
   maxPages?: number;
   maxRows?: number;
-  dtype?: keyof typeof dtypes;
+  dtype?: Dtype;
   pooling?: "softmax" | "raw";
   deviceLayout?: PageLayout;
   hostLayout?: PageLayout;
   scoreScale?: number;
-  threads?: number;
-  scheduleSeed?: number;
-}
-
-interface LaneTables {
-  nFrames: number;
-  frames: number;
-  qPrev: number;
-  slotPage: number;
-  slotUsed: number;
-  nSelected: number;
-  selectedPage: number;
-  selectedSlot: number;
 }
 
 /** [layers][kvHeads] of each table, flat. */
@@ -97,9 +67,7 @@ export interface RowCounters extends Omit<Counts, "misses"> {
 
 const chunkShift = 2;
 
-export class Rig implements Disposable {
-  readonly device: Device;
-  readonly stream: Stream;
+export class Rig extends Memory {
   readonly lanes: RigLane[];
   readonly layers: number;
   readonly kvHeads: number;
@@ -109,7 +77,7 @@ export class Rig implements Disposable {
   readonly maxPages: number;
   readonly maxRows: number;
   readonly maxSlots: number;
-  readonly dtype: keyof typeof dtypes;
+  readonly dtype: Dtype;
   readonly elementBytes: number;
   readonly headPageBytes: number;
   readonly frameBytes: number;
@@ -135,6 +103,7 @@ export class Rig implements Disposable {
   steps = 0;
 
   constructor(options: RigOptions) {
+    super(options);
     const { lanes, maxPages = 32, maxRows = lanes.length, dtype = "f32" } = options;
     this.lanes = lanes;
     this.layers = options.layers ?? 2;
@@ -151,8 +120,6 @@ export class Rig implements Disposable {
     this.elementBytes = dtype === "f32" ? 4 : 2;
     this.headPageBytes = 2 * this.pageSize * this.headDim * this.elementBytes;
     this.frameBytes = this.kvHeads * this.headPageBytes;
-    this.device = Device.open({ device: "cpu", threads: options.threads, scheduleSeed: options.scheduleSeed });
-    this.stream = this.device.stream();
 
     const heads = this.layers * this.kvHeads;
     const qHeads = this.kvHeads * this.group;
@@ -172,45 +139,16 @@ export class Rig implements Disposable {
     const blockBytes = this.layers * this.frameBytes;
     this.pool = this.device.pinned(blocks * blockBytes);
     const chunks = this.device.alloc(8 * Math.ceil(blocks / 2 ** chunkShift));
-    const chunkAt = (_: unknown, i: number): bigint => BigInt(this.pool.address + i * 2 ** chunkShift * blockBytes);
+    const chunkAt = (_: unknown, i: number): bigint =>
+      BigInt(this.pool.address + i * 2 ** chunkShift * blockBytes);
     this.stream.copy(chunks, BigUint64Array.from({ length: chunks.bytes / 8 }, chunkAt));
     const digestBytes = 2 * this.headDim * this.elementBytes;
     this.digests = this.device.alloc(blocks * heads * digestBytes);
 
     for (const [i, lane] of lanes.entries()) {
-      const nFrames = lane.resident ? maxPages : lane.sinkPages + lane.windowPages + 1 + lane.slots;
-      const tau = this.device.alloc(4 * this.layers);
-      this.stream.write(tau, Float32Array.from({ length: this.layers }, (_, l) => lane.tau?.[l] ?? 0.8));
-      const tables: LaneTables = {
-        nFrames,
-        frames: this.device.alloc(this.layers * nFrames * this.frameBytes).address,
-        qPrev: this.zeroed(4 * this.layers * qHeads * this.headDim).address,
-        slotPage: this.device.alloc(Math.max(4, 4 * heads * lane.slots)).address,
-        slotUsed: this.zeroed(Math.max(4, 4 * heads * lane.slots)).address,
-        nSelected: this.zeroed(4 * heads).address,
-        selectedPage: this.zeroed(Math.max(4, 4 * heads * lane.k)).address,
-        selectedSlot: this.zeroed(Math.max(4, 4 * heads * lane.k)).address,
-      };
-      this.stream.memset(tables.slotPage, 0xff, Math.max(4, 4 * heads * lane.slots));
+      const tables = laneTables(this, lane);
       this.tables.push(tables);
-      const packed = pack.fkv_lane({
-        frames: tables.frames,
-        q_prev: tables.qPrev,
-        logits: null,
-        tau,
-        slot_page: tables.slotPage,
-        slot_used: tables.slotUsed,
-        n_selected: tables.nSelected,
-        selected_page: tables.selectedPage,
-        selected_slot: tables.selectedSlot,
-        n_frames: nFrames,
-        sink_pages: lane.sinkPages,
-        window_pages: lane.windowPages,
-        k: lane.k,
-        n_slots: lane.slots,
-        resident: lane.resident ? 1 : 0,
-        attend_all: lane.attendAll ? 1 : 0,
-      });
+      const packed = packLane(this, lane, tables);
       this.stream.write(this.#lanes.address + i * size.fkv_lane, packed);
     }
     const pitches = { base: 0, chunks: null, layer: 0, frame: this.frameBytes, shift: 0 };
@@ -273,29 +211,6 @@ export class Rig implements Disposable {
     return { packed: pack.fkv_workspace({ scores, n_misses: nMisses, misses }), scores, nMisses, misses };
   }
 
-  zeroed(bytes: number): DeviceBuffer {
-    const buffer = this.device.alloc(bytes);
-    this.stream.memset(buffer, 0);
-    return buffer;
-  }
-
-  /** Device memory, once everything issued has run. */
-  read(address: number, bytes: number): ArrayBuffer {
-    using pinned = this.device.pinned(bytes);
-    this.stream.copy(pinned, address, bytes);
-    this.stream.synchronize();
-    return pinned.buffer.slice(0);
-  }
-  ints(address: number, n: number): Int32Array {
-    return n === 0 ? new Int32Array() : new Int32Array(this.read(address, 4 * n));
-  }
-  floats(address: number, n: number): Float32Array {
-    return new Float32Array(this.read(address, 4 * n));
-  }
-  bytes(address: number, n: number): Uint8Array {
-    return new Uint8Array(this.read(address, n));
-  }
-
   blockOf(lane: number, page: number): number {
     return this.lanes.length * page + lane; // neighbours of a sequence are none in the pool
   }
@@ -310,6 +225,7 @@ export class Rig implements Disposable {
 
   /** Writes the ring's entry of the next step and loads it. undefined is an empty row. */
   load(rows: readonly (RigRow | undefined)[]): void {
+    this.stream.synchronize(); // an entry is written again only when the step that reads it is done
     const entry = (this.steps % this.ringEntries) * this.maxRows;
     for (const [i, row] of rows.entries()) this.writeRow(entry + i, row);
     this.stream.write(this.step, Uint32Array.of(this.steps++));
@@ -320,22 +236,7 @@ export class Rig implements Disposable {
     device.lib.fkv_control_load(cache, ring.address, step.address, ringEntries, nRows, stream.handle);
   }
   writeRow(index: number, row: RigRow | undefined): void {
-    const values = {
-      seed: 0,
-      sequence: row?.lane ?? -1,
-      position: row?.position ?? 0,
-      token: row?.token ?? 0,
-      target: -1,
-      block: row?.block ?? -1,
-      correction: corrections[row?.correction ?? "off"],
-      speculation: speculations[row?.speculation ?? "none"],
-      prefetch: row?.prefetch ?? 0,
-      top_k: 0,
-      n_top: 0,
-      temperature: 0,
-      top_p: 1,
-    };
-    pack.fkv_row(values, { into: this.ring.buffer, at: index * size.fkv_row });
+    packRow(this.ring.buffer, index * size.fkv_row, row);
   }
 
   check(layer: number, nRows: number): void {
@@ -388,7 +289,12 @@ export class Rig implements Disposable {
         const list = row * this.kvHeads + head;
         return Array.from({ length: counts[list] as number }, (_, i) => {
           const at = 4 * (list * this.maxSlots + i);
-          const [page, slot, block, frame] = all.subarray(at, at + 4) as unknown as [number, number, number, number];
+          const [page, slot, block, frame] = all.subarray(at, at + 4) as unknown as [
+            number,
+            number,
+            number,
+            number,
+          ];
           return { page, slot, block, frame };
         });
       }),
@@ -423,15 +329,16 @@ export class Rig implements Disposable {
       this.stream.copy(to, frameOf(this, this.deviceLayout, heads));
     }
   }
+  /** Rubbish into a host block. The stream must be idle. */
+  spoilBlock(block: number): void {
+    const bytes = this.layers * this.frameBytes;
+    this.pool.view(Uint8Array, block * bytes, bytes).fill(0x55);
+  }
   /** [layer][head] head pages into a host block. The stream must be idle. */
   fillBlock(block: number, pages: readonly (readonly Uint8Array[])[]): void {
     for (const [layer, heads] of pages.entries()) {
       const at = (block * this.layers + layer) * this.frameBytes;
       this.pool.view(Uint8Array, at, this.frameBytes).set(frameOf(this, this.hostLayout, heads));
     }
-  }
-
-  [Symbol.dispose](): void {
-    this.device[Symbol.dispose]();
   }
 }

@@ -3,7 +3,8 @@
 import type { DeviceBuffer } from "../../lib/device.ts";
 import { FKV_NEXT, FKV_NOW, pack } from "../../lib/device.ts";
 import { Random } from "./random.ts";
-import { Rig, type RigOptions, type RigRow } from "./rig.ts";
+import { Rig, type RigOptions } from "./rig.ts";
+import type { RigRow } from "./rows.ts";
 
 export class Steps implements Disposable {
   readonly rig: Rig;

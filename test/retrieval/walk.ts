@@ -5,14 +5,16 @@ import {
   candidateCount,
   joiningPage,
   PlainHead,
-  ranking,
   type Retrieved,
   type RowPlan,
+  ranking,
   type Stage,
   servedWith,
 } from "../reference/retrieval.ts";
+import type { RigLane } from "./lane.ts";
+import { WalkPages } from "./pages.ts";
 import { Random } from "./random.ts";
-import { Rig, type RigLane, type RigOptions, type RowCounters } from "./rig.ts";
+import { Rig, type RigOptions, type RowCounters } from "./rig.ts";
 
 export interface WalkRow extends RowPlan {
   /** Position of the first token fed. */
@@ -50,8 +52,7 @@ export class Walk implements Disposable {
   readonly #random: Random;
   readonly #turn: number;
   readonly #queries: Float32Array[];
-  readonly #truth = new Map<string, Uint8Array[][]>();
-  readonly #seed: number;
+  readonly #pages: WalkPages;
   readonly #absent: (step: number, lane: number) => boolean;
   readonly #positions: number[];
   #counts: RowCounters[] = [];
@@ -62,18 +63,20 @@ export class Walk implements Disposable {
     this.rig = rig;
     this.#rows = options.rows;
     this.#random = new Random(options.seed);
-    this.#seed = options.seed;
+    this.#pages = new WalkPages(rig, options.seed);
     this.#turn = options.turn ?? 0.5;
     this.#absent = options.absent ?? (() => false);
     this.#positions = options.rows.map(({ start }) => start);
     const perLane = rig.layers * rig.kvHeads;
     this.heads = rig.lanes.map((lane) => Array.from({ length: perLane }, () => new PlainHead(lane.slots)));
-    this.#queries = rig.lanes.map(() => this.#random.normals(rig.layers * rig.group * rig.kvHeads * rig.headDim));
+    this.#queries = rig.lanes.map(() =>
+      this.#random.normals(rig.layers * rig.group * rig.kvHeads * rig.headDim),
+    );
     rig.mapBlocks();
     this.#writeDigests();
     for (const lane of rig.lanes.keys()) {
       rig.stream.copy((rig.tables[lane] as { qPrev: number }).qPrev, this.#queries[lane] as Float32Array);
-      this.#fillPages(lane);
+      this.#pages.prompt(lane, this.#position(lane));
     }
     rig.stream.synchronize();
   }
@@ -94,19 +97,6 @@ export class Walk implements Disposable {
     rig.stream.synchronize();
   }
 
-  /** What page `page` of a lane holds: [layer][head]. */
-  truth(lane: number, page: number): Uint8Array[][] {
-    const key = `${lane} ${page}`;
-    let pages = this.#truth.get(key);
-    if (pages === undefined) {
-      const random = new Random(this.#seed * 7919 + lane * 1009 + page);
-      const { layers, kvHeads, headPageBytes } = this.rig;
-      pages = Array.from({ length: layers }, () => Array.from({ length: kvHeads }, () => random.bytes(headPageBytes)));
-      this.#truth.set(key, pages);
-    }
-    return pages;
-  }
-
   #lane(lane: number): RigLane {
     return this.rig.lanes[lane] as RigLane;
   }
@@ -115,30 +105,6 @@ export class Walk implements Disposable {
   }
   #position(lane: number): number {
     return this.#positions[lane] as number;
-  }
-
-  /** The prompt's pages: on the host what has left the window (until then a block holds rubbish), in frames what has not. */
-  #fillPages(lane: number): void {
-    const { rig } = this;
-    const { sinkPages, windowPages, resident } = this.#lane(lane);
-    const start = this.#position(lane);
-    const last = Math.floor(start / rig.pageSize);
-    for (let page = 0; page <= last; page++) {
-      if (resident) continue;
-      const inWindow = page >= last - windowPages;
-      if (page < sinkPages || inWindow) rig.fillFrame(lane, this.#frame(lane, page), this.truth(lane, page));
-      rig.stream.synchronize();
-      if (!inWindow) rig.fillBlock(rig.blockOf(lane, page), this.truth(lane, page));
-      else rig.pool.view(Uint8Array, ...this.#block(lane, page)).fill(0x55);
-    }
-  }
-  #block(lane: number, page: number): [number, number] {
-    const bytes = this.rig.layers * this.rig.frameBytes;
-    return [this.rig.blockOf(lane, page) * bytes, bytes];
-  }
-  #frame(lane: number, page: number): number {
-    const { sinkPages, windowPages } = this.#lane(lane);
-    return page < sinkPages ? page : sinkPages + (page % (windowPages + 1));
   }
 
   /** Fills about two thirds of the slots with pages of the prompt, as some past could have left them. */
@@ -162,7 +128,7 @@ export class Walk implements Disposable {
         const held = Array.from({ length: rig.layers }, (_, layer) =>
           Array.from({ length: rig.kvHeads }, (_, h) => {
             const page = heads[layer * rig.kvHeads + h]?.page[slot] as number;
-            return this.truth(lane, Math.max(0, page))[layer]?.[h] as Uint8Array;
+            return this.#pages.truth(lane, Math.max(0, page))[layer]?.[h] as Uint8Array;
           }),
         );
         rig.fillFrame(lane, sinkPages + windowPages + 1 + slot, held);
@@ -182,7 +148,7 @@ export class Walk implements Disposable {
   step(): void {
     const { rig } = this;
     this.#begin();
-    this.#enterPages();
+    for (const lane of this.#present()) this.#pages.enter(lane, this.#position(lane));
     for (let layer = 0; layer < rig.layers; layer++) {
       this.#newQueries(layer);
       rig.check(layer, this.#rows.length);
@@ -190,7 +156,8 @@ export class Walk implements Disposable {
       this.#checkContents(layer);
       for (const lane of this.#present()) rig.keepQuery(lane, lane, layer);
     }
-    this.#leavePages();
+    rig.stream.synchronize();
+    for (const lane of this.#present()) this.#pages.leave(lane, this.#position(lane));
     for (let layer = 0; layer < rig.layers; layer++) this.#retrieve("next", layer);
     this.#end();
     for (const lane of this.#present()) this.#positions[lane] = this.#position(lane) + 1;
@@ -207,33 +174,12 @@ export class Walk implements Disposable {
     const present = this.#present();
     rig.load(
       rig.lanes.map((_, lane) => {
-        return present.includes(lane) ? { ...this.#row(lane), lane, position: this.#position(lane) } : undefined;
+        return present.includes(lane)
+          ? { ...this.#row(lane), lane, position: this.#position(lane) }
+          : undefined;
       }),
     );
     this.#counts = rig.lanes.map(zero);
-  }
-
-  /** A new page takes the frame of the one that left the window. */
-  #enterPages(): void {
-    for (const lane of this.#present()) {
-      const page = this.#position(lane) / this.rig.pageSize;
-      if (Number.isInteger(page) && !this.#lane(lane).resident) {
-        this.rig.fillFrame(lane, this.#frame(lane, page), this.truth(lane, page));
-      }
-    }
-  }
-
-  /** The first retrieval that no longer finds a page in its window frame finds it on the host, and none before does. */
-  #leavePages(): void {
-    const { rig } = this;
-    rig.stream.synchronize();
-    for (const lane of this.#present()) {
-      const { windowPages, resident } = this.#lane(lane);
-      const page = (this.#position(lane) + 1) / rig.pageSize - windowPages - 1;
-      if (Number.isInteger(page) && page >= 0 && !resident) {
-        rig.fillBlock(rig.blockOf(lane, page), this.truth(lane, page));
-      }
-    }
   }
 
   #newQueries(layer: number): void {
@@ -272,7 +218,8 @@ export class Walk implements Disposable {
       const joining = joiningPage(plan, length, rig.pageSize);
       const count = candidateCount(plan, length, rig.pageSize);
       const state = rig.state(lane);
-      if (stage === "now") this.#countFlags(lane, flags.subarray(lane * rig.kvHeads, (lane + 1) * rig.kvHeads));
+      if (stage === "now")
+        this.#countFlags(lane, flags.subarray(lane * rig.kvHeads, (lane + 1) * rig.kvHeads));
       for (let head = 0; head < rig.kvHeads; head++) {
         const what = `step ${this.#step} ${stage} lane ${lane} layer ${layer} head ${head}`;
         const list = misses[lane]?.[head] ?? [];
@@ -303,7 +250,7 @@ export class Walk implements Disposable {
           page,
           slot,
           block: rig.blockOf(lane, page),
-          frame: moved ? this.#frame(lane, page) : -1,
+          frame: moved ? this.#pages.frame(lane, page) : -1,
         }));
         assertEquals(list, wanted, what);
       }
@@ -342,8 +289,11 @@ export class Walk implements Disposable {
           const page = selectedPage[index * plan.k + i] as number;
           const slot = selectedSlot[index * plan.k + i] as number;
           const found = frames(plan.sinkPages + plan.windowPages + 1 + slot, head);
-          const truth = this.truth(lane, page)[layer]?.[head] as Uint8Array;
-          assert(Buffer.compare(found, truth) === 0, `step ${this.#step} lane ${lane} page ${page}: wrong bytes`);
+          const truth = this.#pages.truth(lane, page)[layer]?.[head] as Uint8Array;
+          assert(
+            Buffer.compare(found, truth) === 0,
+            `step ${this.#step} lane ${lane} page ${page}: wrong bytes`,
+          );
         }
       }
     }

@@ -1,0 +1,119 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// Prefill attention of the twin: against float64, and what must not change a bit of it.
+
+import { test } from "node:test";
+import { assert, assertEquals, assertNotEquals } from "@std/assert";
+import { pack } from "../lib/device.ts";
+import { assertClose, bits, named, shapes } from "./attention/compare.ts";
+import { Rig, type RigOptions, type Story } from "./attention/rig.ts";
+import { Random } from "./retrieval/random.ts";
+
+/** A prompt in chunks of these sizes: append, then attend. Returns [token][qHeads·d]. */
+function prefill(rig: Rig, qkv: Float32Array, chunks: readonly number[]): Float32Array {
+  const tokens = chunks.reduce((sum, n) => sum + n, 0);
+  const width = rig.qHeads * rig.headDim;
+  const layer = rig.layers - 1;
+  const layerBytes = Math.ceil(tokens / rig.pageSize) * rig.frameBytes;
+  const frames = rig.frames(rig.alloc(rig.layers * layerBytes), layerBytes);
+  const out = rig.alloc(4 * tokens * width);
+  const input = rig.upload(qkv);
+  let start = 0;
+  for (const n of chunks) {
+    const params = pack.fkv_prefill_params({
+      layer,
+      start,
+      n,
+      frames,
+      qkv: input.address + 4 * start * rig.qkvWidth,
+      out: out.address + 4 * start * width,
+    });
+    rig.device.call("fkv_prefill_append", rig.cache(), params, rig.stream.handle);
+    rig.device.call("fkv_prefill_attend", rig.cache(), params, rig.stream.handle);
+    start += n;
+  }
+  return rig.floats(out);
+}
+/** qkv whose K and V are a story's, so that they are exact in the rig's dtype. */
+function prompt(rig: Rig, random: Random, tokens: number): { qkv: Float32Array; story: Story } {
+  const story = rig.story(random, tokens);
+  const qkv = random.normals(tokens * rig.qkvWidth);
+  for (let t = 0; t < tokens; t++) {
+    for (let i = 0; i < 2 * rig.kvHeads; i++) {
+      const row = rig.rowOf(story, Math.floor(i / rig.kvHeads), t, i % rig.kvHeads);
+      qkv.set(row, t * rig.qkvWidth + (rig.qHeads + i) * rig.headDim);
+    }
+  }
+  return { qkv, story };
+}
+
+test("prefill attention agrees with float64 over head groups, sizes, dtypes and layouts", {
+  timeout: 60_000,
+}, () => {
+  for (const shape of shapes) {
+    using rig = new Rig({ ...shape, layers: 2 });
+    const random = new Random(21);
+    const tokens = 150;
+    const { qkv, story } = prompt(rig, random, tokens);
+    const out = prefill(rig, qkv, [tokens]);
+    const width = rig.qHeads * rig.headDim;
+    const everything = { sinkPages: 0, windowPages: 1, attendAll: true };
+    for (const t of [0, 1, 15, 63, 64, 65, 127, 149]) {
+      const q = qkv.slice(t * rig.qkvWidth, t * rig.qkvWidth + width);
+      assertClose(
+        out.slice(t * width, (t + 1) * width),
+        rig.expected(story, everything, t, q),
+        `${named(shape)}, token ${t}`,
+      );
+    }
+  }
+});
+
+test("a token's bits do not depend on where chunks begin, on the layout or on threads", {
+  timeout: 60_000,
+}, () => {
+  for (const shape of [
+    { group: 1, headDim: 96 },
+    { group: 4, headDim: 64, dtype: "bf16" },
+    { group: 7, headDim: 24, dtype: "f16" },
+  ] as const) {
+    const run = (chunks: number[], options: RigOptions = {}): Uint32Array => {
+      using rig = new Rig({ ...shape, ...options });
+      const { qkv } = prompt(rig, new Random(22), 300);
+      return bits(prefill(rig, qkv, chunks));
+    };
+    const whole = run([300]);
+    assertNotEquals(whole, new Uint32Array(whole.length));
+    assertEquals(run([64, 64, 172]), whole, "at the blocks' edges");
+    assertEquals(run([1, 2, 60, 37, 1, 199]), whole, "anywhere");
+    assertEquals(run(Array.from({ length: 300 }, () => 1)), whole, "one by one");
+    assertEquals(run([300], { threads: 1 }), whole, "on one thread");
+    assertEquals(run([300], { layout: "nhd" }), whole, "in the other layout");
+    assertEquals(run([150, 150], { pageSize: 64 }), whole, "in pages of another size");
+  }
+});
+
+test("a token never sees what follows it, not even NaN", () => {
+  using rig = new Rig({ group: 4, headDim: 64, dtype: "bf16" });
+  const { qkv } = prompt(rig, new Random(23), 100);
+  const clean = prefill(rig, qkv, [100]);
+  const spoilt = qkv.slice();
+  spoilt.fill(Number.NaN, 70 * rig.qkvWidth + rig.qHeads * rig.headDim, 71 * rig.qkvWidth); // K and V of token 70
+  const out = prefill(rig, spoilt, [100]);
+  const width = rig.qHeads * rig.headDim;
+  assertEquals(bits(out.slice(0, 70 * width)), bits(clean.slice(0, 70 * width)));
+  assert(clean.every(Number.isFinite));
+  assert(out.slice(70 * width).every(Number.isNaN));
+});
+
+test("prefill and decode attention of the same token agree", () => {
+  using rig = new Rig({ group: 4, headDim: 64, dtype: "bf16" });
+  const { qkv, story } = prompt(rig, new Random(24), 333);
+  const width = rig.qHeads * rig.headDim;
+  const lane = rig.lane({ sinkPages: 0, windowPages: 1, attendAll: true }, story);
+  const q = qkv.slice(332 * rig.qkvWidth, 332 * rig.qkvWidth + width);
+  assertClose(
+    rig.attend([{ lane, position: 332 }], q),
+    prefill(rig, qkv, [333]).slice(332 * width),
+    "token 332",
+  );
+});

@@ -1,0 +1,328 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// The dense chain and the embedding on the twin, against float64 and against themselves in other batches.
+
+import { test } from "node:test";
+import { assert, assertEquals, assertGreater, assertLess, assertThrows } from "@std/assert";
+import { FreeKVError, pack } from "../lib/device.ts";
+import { bits, DenseRig, type Dtype, dtypeCodes, epilogueCodes, rounded } from "./dense/rig.ts";
+import { densePhase, type Epilogue } from "./reference/dense.ts";
+import { Random } from "./retrieval/random.ts";
+
+const dtypes: readonly Dtype[] = ["f32", "bf16", "f16"];
+const epilogues: readonly Epilogue[] = ["store", "add", "swiglu"];
+const eps = 1e-5;
+
+/** Weights on the device and as numbers. */
+function matrix(rig: DenseRig, random: Random, nOut: number, k: number, dtype: Dtype) {
+  const weight = rounded(random.normals(nOut * k), dtype);
+  const bias = rounded(random.normals(nOut), dtype);
+  const norm = rounded(random.normals(k), dtype);
+  return {
+    values: { weight, bias, norm },
+    weight: rig.stored(weight, dtype),
+    bias: rig.stored(bias, dtype),
+    norm: rig.stored(norm, dtype),
+  };
+}
+
+for (const dtype of dtypes) {
+  for (const epilogue of epilogues) {
+    test(`a phase matches float64: ${dtype}, ${epilogue}, ragged k and n_out`, { timeout: 60_000 }, () => {
+      using rig = new DenseRig();
+      const random = new Random(7);
+      for (const k of [1, 15, 16, 17, 250, 256, 1024, 1031, 2100]) {
+        for (const nOut of epilogue === "swiglu" ? [2, 6, 10, 34] : [1, 3, 5, 8, 33]) {
+          for (const rows of [1, 2, 5, 9]) {
+            const plain = (k + nOut + rows) % 3 === 0;
+            const w = matrix(rig, random, nOut, k, dtype);
+            const width = epilogue === "swiglu" ? nOut / 2 : nOut;
+            const xStride = k + 3;
+            const yStride = width + 2;
+            const x = random.normals(rows * xStride);
+            const before = random.normals(rows * yStride);
+            const y = rig.upload(before);
+            rig.chain(
+              [
+                {
+                  weight: w.weight,
+                  bias: plain ? undefined : w.bias,
+                  norm: plain ? undefined : w.norm,
+                  x: rig.upload(x),
+                  y,
+                  xStride,
+                  yStride,
+                  nOut,
+                  k,
+                  dtype,
+                  epilogue,
+                  eps,
+                },
+              ],
+              rows,
+            );
+            const got = rig.floats(y);
+            for (let row = 0; row < rows; row++) {
+              const old = before.subarray(row * yStride, (row + 1) * yStride);
+              const expected = densePhase({
+                weight: w.values.weight,
+                bias: plain ? undefined : w.values.bias,
+                norm: plain ? undefined : w.values.norm,
+                x: x.subarray(row * xStride, row * xStride + k),
+                y: old,
+                nOut,
+                k,
+                epilogue,
+                eps,
+              });
+              for (let n = 0; n < width; n++) {
+                const error = Math.abs((got[row * yStride + n] as number) - (expected.y[n] as number));
+                const allowed = 2e-6 * (expected.magnitude[n] as number);
+                assert(
+                  error <= allowed,
+                  `k ${k}, n_out ${nOut}, row ${row} of ${rows}, ${n}: off by ${error}`,
+                );
+              }
+              assertEquals(
+                got.slice(row * yStride + width, (row + 1) * yStride),
+                old.slice(width),
+                "what lies between rows of y is left alone",
+              );
+            }
+          }
+        }
+      }
+    });
+  }
+}
+
+test("a row has the same bits alone and in any batch", { timeout: 60_000 }, () => {
+  using rig = new DenseRig();
+  const random = new Random(11);
+  for (const [k, nOut, dtype] of [
+    [256, 96, "bf16"],
+    [250, 37, "f16"],
+    [17, 5, "f32"],
+    [1500, 14, "bf16"],
+  ] as const) {
+    for (const epilogue of nOut % 2 === 0 ? epilogues : (["store", "add"] as const)) {
+      const w = matrix(rig, random, nOut, k, dtype);
+      const width = epilogue === "swiglu" ? nOut / 2 : nOut;
+      const rows = 512;
+      const x = random.normals(rows * k);
+      const xs = rig.upload(x);
+      const run = (first: number, n: number): Float32Array => {
+        const y = rig.upload(new Float32Array(n * width).fill(0.25));
+        const phase = { weight: w.weight, bias: w.bias, norm: w.norm, x: xs.address + 4 * first * k, y };
+        rig.chain([{ ...phase, nOut, k, dtype, epilogue, eps }], n);
+        return rig.floats(y);
+      };
+      const all = bits(run(0, rows));
+      assertGreater(new Set(all).size, (rows * width) / 2, "outputs differ from each other");
+      for (const n of [1, 2, 3, 4, 5, 8, 33]) {
+        for (const first of [0, 129, 512 - n]) {
+          const part = bits(run(first, n));
+          assertEquals(
+            part,
+            all.slice(first * width, (first + n) * width),
+            `${n} rows from ${first}, k ${k}`,
+          );
+        }
+      }
+    }
+  }
+});
+
+test("the number of threads does not change a bit", { timeout: 60_000 }, () => {
+  const run = (threads: number, scheduleSeed?: number): Uint32Array => {
+    using rig = new DenseRig(scheduleSeed === undefined ? { threads } : { threads, scheduleSeed });
+    const random = new Random(3);
+    const [k, nOut, rows] = [640, 301, 70];
+    const w = matrix(rig, random, nOut, k, "bf16");
+    const y = rig.alloc(4 * rows * nOut);
+    const x = rig.upload(random.normals(rows * k));
+    const phase = { weight: w.weight, bias: w.bias, norm: w.norm, x, y, nOut, k, eps };
+    rig.chain([{ ...phase, dtype: "bf16", epilogue: "store" }], rows);
+    return bits(rig.floats(y));
+  };
+  const one = run(1);
+  assertGreater(new Set(one).size, 1000);
+  for (const threads of [2, 3, 8]) assertEquals(run(threads), one);
+  assertEquals(run(2, 5), one, "nor does a shuffled schedule");
+});
+
+test("phases of a chain see what earlier ones wrote, also where y is x", { timeout: 30_000 }, () => {
+  for (const rows of [1, 6]) {
+    using rig = new DenseRig();
+    const random = new Random(rows);
+    const [hidden, mlp, dtype] = [48, 40, "f16"] as const;
+    const up = matrix(rig, random, 2 * mlp, hidden, dtype);
+    const down = matrix(rig, random, hidden, mlp, dtype);
+    const square = matrix(rig, random, hidden, hidden, dtype);
+    const start = random.normals(rows * hidden);
+    const make = () => ({ x: rig.upload(start), inner: rig.alloc(4 * rows * mlp) });
+    const phases = ({ x, inner }: ReturnType<typeof make>) => [
+      {
+        weight: up.weight,
+        norm: up.norm,
+        x,
+        y: inner,
+        nOut: 2 * mlp,
+        k: hidden,
+        dtype,
+        epilogue: "swiglu" as const,
+      },
+      { weight: down.weight, x: inner, y: x, nOut: hidden, k: mlp, dtype, epilogue: "add" as const },
+      { weight: square.weight, x, y: x, nOut: hidden, k: hidden, dtype, epilogue: "add" as const },
+    ];
+    const together = make();
+    rig.chain(phases(together), rows);
+    const apart = make();
+    for (const phase of phases(apart)) rig.chain([phase], rows);
+    const got = rig.floats(together.x);
+    assertEquals(bits(got), bits(rig.floats(apart.x)));
+
+    const common = { eps: 0 };
+    for (let row = 0; row < rows; row++) {
+      let x = Array.from(start.subarray(row * hidden, (row + 1) * hidden));
+      const { y: inner } = densePhase({
+        ...common,
+        weight: up.values.weight,
+        norm: up.values.norm,
+        x,
+        y: [],
+        nOut: 2 * mlp,
+        k: hidden,
+        epilogue: "swiglu",
+      });
+      x = densePhase({
+        ...common,
+        weight: down.values.weight,
+        x: inner,
+        y: x,
+        nOut: hidden,
+        k: mlp,
+        epilogue: "add",
+      }).y;
+      x = densePhase({
+        ...common,
+        weight: square.values.weight,
+        x,
+        y: x,
+        nOut: hidden,
+        k: hidden,
+        epilogue: "add",
+      }).y;
+      const worst = Math.max(...x.map((value, i) => Math.abs(value - (got[row * hidden + i] as number))));
+      const size = Math.max(...x.map(Math.abs));
+      assertLess(worst, 1e-5 * size);
+      assertGreater(size, 1);
+    }
+  }
+});
+
+test("values that are not finite stay where they belong", { timeout: 30_000 }, () => {
+  using rig = new DenseRig();
+  const [k, nOut] = [20, 6];
+  for (const rows of [2, 7]) {
+    const weight = new Float32Array(nOut * k).fill(1);
+    weight[2 * k + 3] = Number.NaN;
+    weight[3 * k + 19] = Number.POSITIVE_INFINITY;
+    const x = new Float32Array(rows * k).fill(0.5);
+    x[k] = Number.NaN; // row 1
+    const y = rig.alloc(4 * rows * nOut);
+    const bf16 = rig.stored(weight, "bf16");
+    rig.chain([{ weight: bf16, x: rig.upload(x), y, nOut, k, dtype: "bf16", epilogue: "store" }], rows);
+    const got = rig.floats(y);
+    for (let row = 0; row < rows; row++) {
+      const expected = row === 1 ? Array(6).fill(Number.NaN) : [10, 10, Number.NaN, Infinity, 10, 10];
+      assertEquals(Array.from(got.subarray(row * nOut, (row + 1) * nOut)), expected, `row ${row} of ${rows}`);
+    }
+  }
+});
+
+test("SwiGLU holds at gates that overflow exp", { timeout: 30_000 }, () => {
+  using rig = new DenseRig();
+  const gates = [-1e30, -200, -88.8, -1, 0, 1, 88.8, 200, 1e30];
+  const weight = Float32Array.from(gates.flatMap((gate) => [gate, 2]));
+  const y = rig.alloc(4 * gates.length);
+  const x = rig.upload(Float32Array.of(1));
+  const w = rig.stored(weight, "f32");
+  rig.chain([{ weight: w, x, y, nOut: weight.length, k: 1, dtype: "f32", epilogue: "swiglu" }], 1);
+  for (const [i, value] of rig.floats(y).entries()) {
+    const gate = Math.fround(gates[i] as number);
+    const expected = gate < -150 ? 0 : (gate / (1 + Math.exp(-gate))) * 2;
+    assert(Math.abs(value - expected) <= 1e-6 * Math.abs(expected) + 1e-36, `gate ${gate}: ${value}`);
+  }
+});
+
+test("embedding rows are the table's, and zero for an empty row", { timeout: 30_000 }, () => {
+  using rig = new DenseRig();
+  const random = new Random(5);
+  for (const dtype of dtypes) {
+    for (const hidden of [1, 17, 64]) {
+      const vocab = 9;
+      const table = rounded(random.normals(vocab * hidden), dtype);
+      const tokens = [8, -1, 0, 3, 3, 9, 2 ** 31 - 1, -(2 ** 31), 8];
+      const out = rig.alloc(4 * tokens.length * hidden);
+      rig.device.call(
+        "fkv_embed",
+        out.address,
+        rig.upload(Int32Array.from(tokens)).address,
+        rig.stored(table, dtype).address,
+        dtypeCodes[dtype],
+        hidden,
+        vocab,
+        tokens.length,
+        rig.stream.handle,
+      );
+      const expected = tokens.flatMap((token) =>
+        token >= 0 && token < vocab
+          ? Array.from(table.subarray(token * hidden, (token + 1) * hidden))
+          : Array<number>(hidden).fill(0),
+      );
+      assertEquals(Array.from(rig.floats(out)), expected);
+    }
+  }
+});
+
+test("the chain refuses what it cannot run, and says which phase", { timeout: 30_000 }, () => {
+  using rig = new DenseRig();
+  const memory = rig.alloc(4096);
+  const good = {
+    weight: memory,
+    bias: null,
+    norm: null,
+    x: memory,
+    y: memory,
+    x_stride: 8,
+    y_stride: 8,
+    n_out: 8,
+    k: 8,
+    dtype: dtypeCodes.f32,
+    epilogue: epilogueCodes.store,
+    eps: 0,
+  };
+  const run = (
+    changes: Partial<typeof good> | { weight: null },
+    rows = 1,
+    scratch = memory.address,
+  ): void => {
+    const phase = pack.fkv_phase({ ...good, ...changes });
+    rig.device.call("fkv_dense_chain", phase, 1, rows, scratch, rig.stream.handle);
+  };
+  run({});
+  rig.stream.synchronize();
+  const refused: [() => void, string][] = [
+    [() => run({ weight: null }), "phase 0"],
+    [() => run({ dtype: 3 }), "dtype 3 of phase 0"],
+    [() => run({ epilogue: 3 }), "epilogue 3"],
+    [() => run({ k: 0 }), "k 0"],
+    [() => run({ n_out: -1 }), "n_out -1"],
+    [() => run({ n_out: 7, epilogue: epilogueCodes.swiglu }), "pairs"],
+    [() => run({ x_stride: 7 }), "overlap"],
+    [() => run({ y_stride: 7 }), "overlap"],
+    [() => run({}, 0), "n_rows 0"],
+    [() => run({}, 1, memory.address + 4), "aligned"],
+  ];
+  for (const [call, text] of refused) assertThrows(call, FreeKVError, text);
+});

@@ -1,0 +1,119 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// Runs the dense calls on the twin over plain arrays. Device memory starts as NaN, so what was not written shows.
+
+import {
+  Device,
+  type DeviceBuffer,
+  FKV_ADD,
+  FKV_BF16,
+  FKV_F16,
+  FKV_F32,
+  FKV_STORE,
+  FKV_SWIGLU,
+  pack,
+  type Stream,
+  size,
+} from "../../lib/device.ts";
+import { fromFloat32, toFloat32 } from "../../lib/float.ts";
+import type { Epilogue } from "../reference/dense.ts";
+
+export type Dtype = "f32" | "bf16" | "f16";
+export const dtypeCodes: Readonly<Record<Dtype, number>> = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
+export const epilogueCodes: Readonly<Record<Epilogue, number>> = {
+  store: FKV_STORE,
+  add: FKV_ADD,
+  swiglu: FKV_SWIGLU,
+};
+
+/** What a value becomes when it is stored. */
+export function rounded(values: Float32Array, dtype: Dtype): Float32Array {
+  return toFloat32(fromFloat32(values, dtype), dtype);
+}
+
+/** Views the same bits as integers: equality that tells NaN from NaN and 0 from −0. */
+export function bits(values: Float32Array): Uint32Array {
+  return new Uint32Array(values.slice().buffer);
+}
+
+export interface Phase {
+  weight: DeviceBuffer;
+  bias?: DeviceBuffer | undefined;
+  norm?: DeviceBuffer | undefined;
+  x: DeviceBuffer | number;
+  y: DeviceBuffer | number;
+  xStride?: number;
+  yStride?: number;
+  nOut: number;
+  k: number;
+  dtype: Dtype;
+  epilogue: Epilogue;
+  eps?: number;
+}
+
+export class DenseRig implements Disposable {
+  readonly device: Device;
+  readonly stream: Stream;
+  readonly #kept: DeviceBuffer[] = [];
+
+  constructor(options: { threads?: number; scheduleSeed?: number } = {}) {
+    this.device = Device.open({ device: "cpu", debug: true, ...options });
+    this.stream = this.device.stream();
+  }
+
+  alloc(bytes: number): DeviceBuffer {
+    const buffer = this.device.alloc(bytes);
+    this.#kept.push(buffer);
+    return buffer;
+  }
+  upload(data: ArrayBufferView): DeviceBuffer {
+    const buffer = this.alloc(data.byteLength);
+    this.stream.copy(buffer, data);
+    return buffer;
+  }
+  stored(values: Float32Array, dtype: Dtype): DeviceBuffer {
+    return this.upload(fromFloat32(values, dtype));
+  }
+  /** Device memory, once everything issued has run. */
+  download(memory: DeviceBuffer): ArrayBuffer {
+    using pinned = this.device.pinned(memory.bytes);
+    this.stream.copy(pinned, memory, memory.bytes);
+    this.stream.synchronize();
+    return pinned.buffer.slice(0);
+  }
+  floats(memory: DeviceBuffer): Float32Array {
+    return new Float32Array(this.download(memory));
+  }
+
+  /** Issues the phases as one chain. */
+  chain(phases: readonly Phase[], rows: number): void {
+    const all = new ArrayBuffer(phases.length * size.fkv_phase);
+    for (const [i, phase] of phases.entries()) {
+      const width = phase.epilogue === "swiglu" ? phase.nOut / 2 : phase.nOut;
+      const values = {
+        weight: phase.weight,
+        bias: phase.bias ?? null,
+        norm: phase.norm ?? null,
+        x: phase.x,
+        y: phase.y,
+        x_stride: phase.xStride ?? phase.k,
+        y_stride: phase.yStride ?? width,
+        n_out: phase.nOut,
+        k: phase.k,
+        dtype: dtypeCodes[phase.dtype],
+        epilogue: epilogueCodes[phase.epilogue],
+        eps: phase.eps ?? 0,
+      };
+      pack.fkv_phase(values, { into: all, at: i * size.fkv_phase });
+    }
+    const bytes = new BigUint64Array(1);
+    const maxK = Math.max(...phases.map((phase) => phase.k));
+    const maxOut = Math.max(...phases.map((phase) => phase.nOut));
+    this.device.call("fkv_chain_scratch_bytes", bytes, rows, maxK, maxOut);
+    const scratch = this.alloc(Number(bytes[0])).address;
+    this.device.call("fkv_dense_chain", all, phases.length, rows, scratch, this.stream.handle);
+  }
+
+  [Symbol.dispose](): void {
+    this.device[Symbol.dispose]();
+  }
+}
