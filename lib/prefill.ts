@@ -64,6 +64,7 @@ export class Prefill implements Disposable {
     this.#positions = device.alloc(4 * chunkTokens);
     this.#appended = range(0, config.layers).map(() => device.event());
     this.#stored = range(0, config.layers).map(() => device.event());
+    for (const stored of this.#stored) this.#store.record(stored); // nothing is on its way yet
     this.#heldLayers = o.prefillKv === "device" ? config.layers : Math.min(2, config.layers);
   }
 
@@ -81,6 +82,7 @@ export class Prefill implements Disposable {
     const { frameBytes, layers, pageSize } = cache.geometry;
     const pages = blocks.length;
     this.#held = blocks;
+    this.#awaitStored(layers - 1); // what the workspace holds may still be on its way
     if (pages > this.#pages) {
       this.#workspace?.[Symbol.dispose]();
       this.#workspace = null;
@@ -103,7 +105,8 @@ export class Prefill implements Disposable {
     const { cache, compute, device, digestKind, network, waits } = this.#d;
     const { layers, pageSize } = cache.geometry;
     const { blocks, ids, start } = chunk;
-    if (this.#held !== blocks) this.#resume(start, blocks);
+    // Another sequence may have been computed between two chunks of this one, whose pages so far went to the host.
+    if (this.#held !== blocks) this.begin(start, blocks);
     const act = this.#act;
     const n = ids.length;
     const firstPage = Math.floor(start / pageSize);
@@ -118,7 +121,7 @@ export class Prefill implements Disposable {
       network.qkv(this.#dense, act, layer, n);
       this.#dense.run();
       network.rope(act, layer, this.#positions.address, n, compute);
-      if (this.#streamsBack) this.#streamBack(layer, firstPage, blocks, start > 0);
+      if (this.#streamsBack) this.#streamBack(layer, firstPage, blocks);
       if (chunk.partial)
         this.#copier.copy(
           chunk.partial,
@@ -153,18 +156,14 @@ export class Prefill implements Disposable {
     await event.done();
   }
 
-  /** Another sequence was computed between two chunks of this one, whose pages so far are on the host. */
-  #resume(start: number, blocks: readonly number[]): void {
-    const { cache, compute, waits } = this.#d;
-    waits.on(compute, this.#stored[cache.geometry.layers - 1] as Event, "load-after-store");
-    this.begin(start, blocks);
+  #awaitStored(layer: number): void {
+    this.#d.waits.on(this.#d.compute, this.#stored[layer] as Event, "load-after-store");
   }
 
   /** Brings all earlier pages of one layer, once they are on the host and the workspace's half is free. */
-  #streamBack(layer: number, firstPage: number, blocks: readonly number[], continued: boolean): void {
-    const { cache, compute, waits } = this.#d;
-    const before = layer >= 2 ? layer - 2 : layer === 0 && continued ? cache.geometry.layers - 1 : -1;
-    if (before >= 0) waits.on(compute, this.#stored[before] as Event, "load-after-store");
+  #streamBack(layer: number, firstPage: number, blocks: readonly number[]): void {
+    const { cache, compute } = this.#d;
+    if (layer !== 1) this.#awaitStored(layer === 0 ? cache.geometry.layers - 1 : layer - 2);
     const earlier = range(0, firstPage);
     this.#copier.copy(
       this.#onHost(earlier, blocks),

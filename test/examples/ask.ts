@@ -10,5 +10,7 @@ for (const policy of ["streaming", "freekv"] as const) {
   using sequence = read.fork({ policy }); // shares the pages that are already on the host
   await sequence.append(question);
   const { text, stats } = await sequence.generate({ maxTokens: 4 }).result();
-  console.log(`${policy}:${text} (${stats.deviceKvBytes} of ${stats.totalKvBytes} bytes of KV on the device)`);
+  console.log(
+    `${policy}:${text} (${stats.deviceKvBytes} of ${stats.totalKvBytes} bytes of KV on the device)`,
+  );
 }
