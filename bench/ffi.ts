@@ -79,11 +79,11 @@ function deviceCases(device: Device, debug: Device, owned: DisposableStack): [st
       },
     ],
     [
-      "launch, record, poll until done",
+      "launch, record and wait for the event",
       () => {
         stream.memset(word, 1);
         stream.record(done);
-        while (!done.query());
+        done.synchronize();
       },
     ],
   ];

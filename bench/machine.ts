@@ -1,7 +1,7 @@
 // Where and from what a figure comes: the columns that every result carries.
 
 import { spawnSync } from "node:child_process";
-import { availableParallelism, cpus, loadavg } from "node:os";
+import { availableParallelism, cpus } from "node:os";
 import { packageRoot } from "../ffi/root.ts";
 
 export const root: string = packageRoot();
@@ -27,10 +27,22 @@ export function origin(): Origin {
   };
 }
 
+/** Of all cores' time, how much others take while this process rests for half a second. */
+async function othersShare(): Promise<number> {
+  const read = (): [busy: number, all: number] => {
+    const times = cpus().map(({ times }) => times);
+    const all = times.reduce((n, { user, nice, sys, idle, irq }) => n + user + nice + sys + idle + irq, 0);
+    return [all - times.reduce((n, { idle }) => n + idle, 0), all];
+  };
+  const [busyBefore, allBefore] = read();
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  const [busy, all] = read();
+  return all > allBefore ? (busy - busyBefore) / (all - allBefore) : 0;
+}
+
 /** A sentence where other processes take part of what is measured. */
-export function busy(): string | undefined {
-  const load = loadavg()[0] as number;
-  return load < 0.3 * cores
-    ? undefined
-    : `Other work ran here: load average ${load.toFixed(1)} on ${cores} cores when this began.`;
+export async function disturbance(): Promise<string | undefined> {
+  const share = await othersShare();
+  if (share < 0.05) return undefined;
+  return `Not a quiet machine: others took ${Math.round(100 * share)}% of ${cores} cores just before this bench.`;
 }

@@ -41,7 +41,6 @@ export async function material(dir: string | URL, tokens: number, least: number)
 
 /** What one policy did, a step each. */
 export interface Steps {
-  readonly tokens: number;
   /** Time that attention waited for recall. */
   readonly stallMs: readonly number[];
   /** From one result to the next. */
@@ -103,7 +102,7 @@ export class Reader implements AsyncDisposable {
     const names = Object.keys(results[0]!.counters) as (keyof Result["counters"])[];
     const total = (name: keyof Result["counters"]): number => sum(results.map((each) => each.counters[name]));
     const counters = Object.fromEntries(names.map((name) => [name, total(name)])) as Result["counters"];
-    return { tokens: asked.length, stallMs, wallMs, counters };
+    return { stallMs, wallMs, counters };
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -11,7 +11,7 @@ import { parseArgs } from "node:util";
 import type { Bench } from "./bench.ts";
 import { ffi } from "./ffi.ts";
 import { type Floors, floors, measureFloors } from "./floors.ts";
-import { busy, origin, root } from "./machine.ts";
+import { disturbance, origin, root } from "./machine.ts";
 import { overlap } from "./overlap.ts";
 import { start } from "./start.ts";
 import { csv, markdown, type Row } from "./table.ts";
@@ -55,7 +55,7 @@ for (const name of names) {
   const say = (text: string): void => {
     if (process.stderr.isTTY) process.stderr.write(`bench: ${name}: ${text}\n`);
   };
-  const crowd = busy();
+  const disturbed = await disturbance();
   const table = await bench.run({
     model: values.model,
     cold: values.cold,
@@ -64,7 +64,7 @@ for (const name of names) {
   });
   const rows = table.rows.map((row) => ({ ...from, bench: name, ...row }));
   const seconds = ((performance.now() - began) / 1000).toFixed(1);
-  const notes = [...(table.notes ?? []), ...(crowd === undefined ? [] : [crowd])];
+  const notes = [...(table.notes ?? []), ...(disturbed === undefined ? [] : [disturbed])];
   if (values.json) for (const row of rows) console.log(JSON.stringify(row));
   else {
     console.log(`## ${bench.title}\n\n${markdown({ rows: table.rows, notes })}\n`);

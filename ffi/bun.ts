@@ -35,5 +35,6 @@ export const load: Load = <N extends EntryName>(path: string, table: SymbolTable
   return {
     calls: calls as Backend<N>["calls"],
     toArrayBuffer: (address, bytes) => toArrayBuffer(address as Pointer, 0, bytes),
+    detach: (buffer) => void buffer.transfer(0),
   };
 };

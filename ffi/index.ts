@@ -22,6 +22,8 @@ export interface Library {
   readonly calls: Calls;
   /** A view of memory that C owns: 1 to 2^32 bytes. Whoever frees that memory detaches the view first. */
   toArrayBuffer(address: number, bytes: number): ArrayBuffer;
+  /** Make such a view empty; the memory stays as it is. */
+  detach(buffer: ArrayBuffer): void;
 }
 
 /** A place that was tried in vain, and why. */
@@ -112,5 +114,6 @@ function wrap(path: string, backend: Backend, { debug = false, toError }: Librar
     kind: raw.fkv_backend() === "cuda" ? "cuda" : "cpu",
     calls: calls as unknown as Calls,
     toArrayBuffer: backend.toArrayBuffer,
+    detach: backend.detach,
   };
 }

@@ -4,6 +4,7 @@
 import { read, size, write } from "../ffi/structs.ts";
 import { ringEntries } from "./cache.ts";
 import type { Core } from "./core.ts";
+import { type Deferred, deferred } from "./deferred.ts";
 import type { Event } from "./device.ts";
 import { sampleFirst } from "./model.ts";
 import { emptyRow, type Row, rowOf, type Sampling } from "./row.ts";
@@ -33,8 +34,8 @@ export class Run {
   delivered = 0;
   taken = 0;
   readonly results: { result: Result; stallMs: number }[] = [];
-  waiting: PromiseWithResolvers<{ result: Result; stallMs: number }> | null = null;
-  drained: PromiseWithResolvers<void> | null = null;
+  waiting: Deferred<{ result: Result; stallMs: number }> | null = null;
+  drained: Deferred<void> | null = null;
 
   constructor(state: State, total: number, sampling: Sampling, launch: (i: number) => Launch) {
     this.state = state;
@@ -80,7 +81,7 @@ export class Batch implements Disposable {
   /** The next result of a run. */
   next(run: Run): Promise<{ result: Result; stallMs: number }> {
     const ready = run.results.shift();
-    run.waiting = Promise.withResolvers();
+    run.waiting = deferred();
     const { promise } = run.waiting;
     this.#runs.add(run);
     if (!ready) {
@@ -98,7 +99,7 @@ export class Batch implements Disposable {
     run.owed = owed;
     if (!run.behind) this.#runs.delete(run);
     if (run.complete) return;
-    run.drained = Promise.withResolvers();
+    run.drained = deferred();
     const { promise } = run.drained;
     void this.#pump();
     return promise;

@@ -53,6 +53,9 @@ export class Cache implements Disposable {
   /** A one-entry ring on the device for the selection that precedes a sequence's first step. */
   readonly first: DeviceBuffer;
   readonly zeroStep: DeviceBuffer;
+  /** Pinned, a lane: what that selection counted. */
+  readonly firstCounts: PinnedBuffer;
+  readonly counters: DeviceBuffer;
   /** Nanoseconds that attention waited, in all, and where a wait began. */
   readonly stall: DeviceBuffer;
   readonly stallMark: DeviceBuffer;
@@ -80,6 +83,8 @@ export class Cache implements Disposable {
     this.stall = alloc(8);
     this.stallMark = alloc(8);
     this.first = alloc(maxRows * size.fkv_row);
+    this.counters = alloc(maxRows * size.fkv_counters);
+    this.firstCounts = own(device.pinned(o.maxLanes * size.fkv_counters));
     this.sampleScratch = alloc(8 * o.vocab * maxRows);
     this.control = own(device.pinned(ringEntries * maxRows * size.fkv_row));
     this.results = own(device.pinned(ringEntries * maxRows * size.fkv_result));
@@ -118,7 +123,7 @@ export class Cache implements Disposable {
       tokens: this.tokens.address,
       positions: this.positions.address,
       flags: this.flags.address,
-      counters: alloc(maxRows * size.fkv_counters).address,
+      counters: this.counters.address,
     });
     using stream = device.stream();
     for (const zeroed of [this.step, this.zeroStep, this.stall, this.flags, this.blockTable])

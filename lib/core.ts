@@ -1,7 +1,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The inside of an engine: what is loaded once, and the sequences that live on it.
 import { FKV_FIRST, FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
-import { pack } from "../ffi/structs.ts";
+import { pack, size } from "../ffi/structs.ts";
 import { Cache } from "./cache.ts";
 import { CapturedOrchestration } from "./captured.ts";
 import { PageCopier } from "./copier.ts";
@@ -15,6 +15,7 @@ import { HostOrchestration } from "./host.ts";
 import { type Lane, LaneMemory } from "./lane.ts";
 import { Activations, Network } from "./network.ts";
 import type { Policy } from "./options.ts";
+import { Owned } from "./owned.ts";
 import { HostPool } from "./pages.ts";
 import { type Plan, planOf } from "./plan.ts";
 import { Prefill } from "./prefill.ts";
@@ -53,15 +54,9 @@ export class Core implements Disposable {
   readonly laneMemory: LaneMemory;
   readonly options: CoreOptions;
   readonly #freeLanes: number[];
-  readonly #owned: DisposableStack;
+  readonly #owned: Owned;
 
-  private constructor(
-    device: Device,
-    compute: Stream,
-    network: Network,
-    o: CoreOptions,
-    owned: DisposableStack,
-  ) {
+  private constructor(device: Device, compute: Stream, network: Network, o: CoreOptions, owned: Owned) {
     const { config } = network;
     const recall = o.recall ?? "gather";
     this.device = device;
@@ -134,7 +129,7 @@ export class Core implements Disposable {
     options: CoreOptions,
     task: TaskOptions,
   ): Promise<Core> {
-    using owned = new DisposableStack();
+    using owned = new Owned();
     owned.use(device);
     const compute = owned.use(device.stream());
     const network = owned.use(await Network.load(device, checkpoint, compute, task));
@@ -189,6 +184,8 @@ export class Core implements Disposable {
       select(device, cache, cache.next, act.qkv, layer, FKV_FIRST, 1, compute);
       waits.on(compute, recall.start(cache.next, layer, [lane], compute).event(), "attend-after-speculation");
     }
+    const counts = cache.firstCounts.address + lane.index * size.fkv_counters;
+    compute.copy(counts, cache.counters, size.fkv_counters);
   }
 
   [Symbol.dispose](): void {

@@ -82,7 +82,7 @@ export class TokenStream implements Generation {
         if (tokens.length === 0) state.tally.firstToken(now - last);
         else state.tally.laterToken(now - last);
         last = now;
-        state.tally.step(result.counters, stallMs);
+        state.count(result.counters, stallMs);
         tokens.push(result.token);
         const ends = stops.has(result.token);
         const written = writer.push(result.token, ends || tokens.length === limit);
@@ -104,7 +104,8 @@ export class TokenStream implements Generation {
       };
     } finally {
       // The draw, and a step for each token yielded.
-      await this.#batch.finish(run, this.#source.keeps && !interrupted ? 1 + tokens.length : 0);
+      const owed = tokens.length > 0 && this.#source.keeps && !interrupted ? 1 + tokens.length : 0;
+      await this.#batch.finish(run, owed);
       // An abort came before the token that is under way could be yielded.
       if (interrupted && this.#source.keeps && !state.released && state.length > base + tokens.length)
         state.truncate(base + tokens.length);

@@ -101,7 +101,7 @@ export class PinnedBuffer extends Handle {
   override invalidate(): void {
     super.invalidate();
     // A view that outlives the memory would read freed pages.
-    for (const window of this.#windows.values()) window.transfer(0);
+    for (const window of this.#windows.values()) this.context.library.detach(window);
     this.#windows.clear();
   }
 

@@ -5,6 +5,7 @@ import type { ModelConfig } from "./checkpoint.ts";
 import { type DenseQueue, epilogue, type Linear } from "./dense.ts";
 import type { Device, DeviceBuffer, Stream } from "./device.ts";
 import { dtypeCode } from "./geometry.ts";
+import { Owned } from "./owned.ts";
 import type { TaskOptions } from "./types.ts";
 import type { Checkpoint } from "./weights.ts";
 
@@ -111,7 +112,7 @@ export class Network implements Disposable {
       addresses.set(name, buffer.address);
       return buffer;
     };
-    using staging = new DisposableStack();
+    using staging = new Owned();
     const halves = [0, 1].map(() => {
       const memory = staging.use(device.pinned(stagingBytes));
       return { memory, view: memory.view(Uint8Array), copied: staging.use(device.event()), used: false };

@@ -98,7 +98,7 @@ export class Sequence implements Disposable {
     try {
       for (let i = 0; i < ids.length; i++) {
         const { result, stallMs } = await abortable(this.#host.batch.next(run), options.signal);
-        state.tally.step(result.counters, stallMs);
+        state.count(result.counters, stallMs);
         if (i + 1 === ids.length) return;
         yield {
           position: base + i,

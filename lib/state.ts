@@ -1,13 +1,15 @@
 // One sequence as the engine keeps it: its lane, its blocks, its tokens, and every way to make or change it. Everything here is
 // issued in the order of the compute stream, after whatever still runs beside it, so nothing has to be waited for on the host.
 
+import { FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
+import { read, size } from "../ffi/structs.ts";
 import { type Pages, range } from "./copier.ts";
 import type { Core } from "./core.ts";
 import { FreeKVError, unlessFailed } from "./errors.ts";
 import { Lane } from "./lane.ts";
 import type { Policy } from "./options.ts";
 import { chunkTokens } from "./prefill.ts";
-import { Tally } from "./tally.ts";
+import { type Counters, Tally } from "./tally.ts";
 import type { Stats, TaskOptions } from "./types.ts";
 
 /** A prompt on its way into a sequence. */
@@ -33,6 +35,8 @@ export class State {
   readonly blocks: number[] = [];
   readonly #index: number;
   #lane: Lane | null = null;
+  /** The lane whose first selection is counted. */
+  #filled: Lane | null = null;
   released = false;
 
   /** Errors: BUSY where no sequence is free; BAD_ARGUMENT from the policy's plan. */
@@ -147,6 +151,20 @@ export class State {
     if (page === this.blocks.length) this.blocks.push(...core.pool.reserve(1, core.decoder.compute));
     if (this.lane.plan.resident && page >= this.lane.nFrames) this.#grow();
     return this.blocks[page] as number;
+  }
+
+  /** Counts a step, and once what the selection before a sequence's first step recalled. */
+  count(step: Counters, stallMs: number): void {
+    if (this.#filled !== this.#lane) {
+      this.#filled = this.#lane;
+      const { firstCounts } = this.core.cache;
+      if (this.lane.plan.speculation === FKV_SPECULATE_NEXT)
+        this.tally.step(
+          read.fkv_counters(new DataView(firstCounts.buffer), this.#index * size.fkv_counters),
+          0,
+        );
+    }
+    this.tally.step(step, stallMs);
   }
 
   stats(): Stats {

@@ -4,7 +4,8 @@
 //   js    dist/lib, dist/ffi                               JS, types and maps for Node and Deno
 //   cuda  dist/native/<platform>-<arch>/libfreekv_cuda.so  every architecture we compile for
 
-import { existsSync, readdirSync, rmSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { BuildError, buildLibrary, findProgram, type Library, root, say } from "./native.ts";
 
@@ -73,15 +74,45 @@ function cuda(): Library {
   };
 }
 
+/** Of the files that the JS is made from: another hash, another build. */
+function hashOfSources(): string {
+  const sum = createHash("sha256");
+  for (const dir of ["lib", "ffi"]) {
+    const names = readdirSync(join(root, dir), { recursive: true, encoding: "utf8" });
+    for (const name of names.filter((each) => each.endsWith(".ts")).sort()) {
+      sum.update(`${dir}/${name}\n`).update(readFileSync(join(root, dir, name)));
+    }
+  }
+  for (const name of ["tsconfig.json", "tsconfig.build.json", "package-lock.json"]) {
+    sum.update(readFileSync(join(root, name)));
+  }
+  return sum.digest("hex");
+}
+
 async function buildJs(): Promise<void> {
   const start = performance.now();
-  // A file that was removed from lib/ must not live on in the package.
-  for (const dir of ["lib", "ffi"]) rmSync(join(root, "dist", dir), { recursive: true, force: true });
-  const tsc = Bun.spawn([process.execPath, "node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json"], {
-    cwd: root,
-    stdio: ["ignore", "inherit", "inherit"],
-  });
-  if ((await tsc.exited) !== 0) throw new BuildError("the TypeScript could not be built", 1);
+  const [dist, stamp] = [join(root, "dist"), join(root, ".cache", "js.stamp")];
+  const parts = ["lib", "ffi"];
+  const key = hashOfSources();
+  const built = parts.every((part) => existsSync(join(dist, part)));
+  if (built && existsSync(stamp) && readFileSync(stamp, "utf8") === key) return;
+
+  // Aside first: a file that was removed from lib/ must not live on in the package, and a failed build costs nothing.
+  const aside = join(root, ".cache", `js.${process.pid}.tmp`);
+  try {
+    const words = ["node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json", "--outDir", aside];
+    const tsc = Bun.spawn([process.execPath, ...words], { cwd: root, stdio: ["ignore", "inherit", "inherit"] });
+    if ((await tsc.exited) !== 0) throw new BuildError("the TypeScript could not be built", 1);
+    rmSync(stamp, { force: true });
+    mkdirSync(dist, { recursive: true });
+    for (const part of parts) {
+      rmSync(join(dist, part), { recursive: true, force: true });
+      renameSync(join(aside, part), join(dist, part));
+    }
+    writeFileSync(stamp, key);
+  } finally {
+    rmSync(aside, { recursive: true, force: true });
+  }
   say(`JS and types built in ${((performance.now() - start) / 1000).toFixed(1)} s`);
 }
 

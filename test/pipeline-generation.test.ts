@@ -216,7 +216,8 @@ test("a generation is read once, and nothing runs before", { timeout }, async ()
   const { usage, stats } = await generation.result();
   assertEquals([usage.promptTokens, sequence.length], [60, 63]);
   assert((stats.ttftMs as number) > 0 && (stats.tpotMs as number) > 0);
-  const error = await assertRejects(() => generation.result(), FreeKVError);
+  assertEquals((await generation.result()).usage, usage);
+  const error = await assertRejects(async () => await Array.fromAsync(generation), FreeKVError);
   assertEquals(error.code, "BUSY");
   assertAlmostEquals(engine.stats().ttftMs as number, sequence.stats().ttftMs as number);
 });

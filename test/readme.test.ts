@@ -33,8 +33,8 @@ test("the README shows each example as it is", () => {
 
 test("the script finds under freekv what streaming dropped", { timeout: 60_000, skip }, async () => {
   const out = await run("ask.ts");
-  assertMatch(out, /^freekv: harbor/m);
-  assert(!/^streaming: harbor/m.test(out), out);
+  assertMatch(out, /^freekv: leopard/m);
+  assert(!/^streaming: leopard/m.test(out), out);
 });
 
 test("the benchmark runs", { timeout: 60_000, skip }, async () => {
@@ -51,12 +51,12 @@ test("the server streams an answer, refuses a bad prompt, and stops when the cli
     const url = /http\S+/.exec(String(line))?.[0] as string;
     const answer = await fetch(url, {
       method: "POST",
-      body: "The code of amber is harbor.\n\nQuestion: What is the code of amber?\nAnswer: The code of amber is",
+      body: "The code of amber is leopard.\n\nQuestion: What is the code of amber?\nAnswer: The code of amber is",
     });
     assertEquals(answer.status, 200);
-    assertMatch(await answer.text(), /^ harbor/);
+    assertMatch(await answer.text(), /^ leopard/);
     const empty = await fetch(url, { method: "POST", body: "x ".repeat(40_000) });
-    assertEquals([empty.status, (await empty.json()).code], [400, "CONTEXT_TOO_LONG"]);
+    assertEquals([empty.status, ((await empty.json()) as { code: string }).code], [400, "CONTEXT_TOO_LONG"]);
     const leaving = new AbortController();
     const left = await fetch(url, { method: "POST", body: "Once upon a time", signal: leaving.signal });
     await left.body?.getReader().read();

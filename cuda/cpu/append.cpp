@@ -21,6 +21,20 @@ const float* key_of(const fkv_cache& cache, const float* qkv, int64_t token, int
   return qkv + (token * width + cache.n_q_heads + head) * cache.head_dim;
 }
 
+void append_chunk(Context& context, const fkv_cache& cache, const fkv_prefill_params& params) {
+  const int32_t heads = cache.n_kv_heads;
+  context.parallel(int64_t{params.n} * heads, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t position = params.start + static_cast<int32_t>(i / heads), head = static_cast<int32_t>(i % heads);
+      for (int32_t kv = 0; kv < 2; ++kv) {
+        char* to = frame_address(params.frames, position / cache.page_size, params.layer, head, kv,
+                                 position % cache.page_size);
+        store_row(to, key_of(cache, params.qkv, i / heads, head + kv * heads), cache.head_dim, cache.dtype);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void append_rows(Context& context, const fkv_cache& cache, const float* qkv, int32_t layer, int32_t n_rows) {
@@ -32,23 +46,11 @@ void append_rows(Context& context, const fkv_cache& cache, const float* qkv, int
       const int32_t head = static_cast<int32_t>(i % heads);
       const fkv_lane& lane = cache.lanes[row.sequence];
       const int32_t frame = lane_frame_of_window_page(lane, row.position / cache.page_size);
-      if (row.position < 0 || frame >= lane.n_frames) throw std::runtime_error("append: the token's page lies outside its lane's frames");
+      if (row.position < 0 || frame >= lane.n_frames)
+        throw std::runtime_error("append: the token's page lies outside its lane's frames");
       for (int32_t kv = 0; kv < 2; ++kv) {
         char* to = lane_address(cache, lane, layer, frame, head, kv, row.position % cache.page_size);
         store_row(to, key_of(cache, qkv, i / heads, head + kv * heads), cache.head_dim, cache.dtype);
-      }
-    }
-  });
-}
-
-static void append_chunk(Context& context, const fkv_cache& cache, const fkv_prefill_params& params) {
-  const int32_t heads = cache.n_kv_heads;
-  context.parallel(int64_t{params.n} * heads, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t position = params.start + static_cast<int32_t>(i / heads), head = static_cast<int32_t>(i % heads);
-      for (int32_t kv = 0; kv < 2; ++kv) {
-        char* to = frame_address(params.frames, position / cache.page_size, params.layer, head, kv, position % cache.page_size);
-        store_row(to, key_of(cache, params.qkv, i / heads, head + kv * heads), cache.head_dim, cache.dtype);
       }
     }
   });
@@ -68,7 +70,6 @@ int32_t fkv_append(const fkv_cache* cache, const float* qkv, int32_t layer, int3
 
 int32_t fkv_prefill_append(const fkv_cache* cache, const fkv_prefill_params* params, fkv_stream* stream) {
   if (const int32_t status = check_chunk("fkv_prefill_append", cache, params)) return status;
-  return launch(stream, "fkv_prefill_append", [cache = *cache, params = *params](Context& context) {
-    append_chunk(context, cache, params);
-  });
+  return launch(stream, "fkv_prefill_append",
+                [cache = *cache, params = *params](Context& context) { append_chunk(context, cache, params); });
 }

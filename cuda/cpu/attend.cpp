@@ -1,7 +1,11 @@
 // attend.cpp: paged attention of one token a row over its sink, selected and window pages (design section 3, Order).
-// The pages that a head visits are split at every eighth, splits are combined in order. Which slot a page sits in, the device layout and
-// the number of threads change addresses and the split of work, never a sum.
+// The pages that a head visits are split at every eighth, splits are combined in order. Which slot a page sits in, the
+// device layout and the number of threads change addresses and the split of work, never a sum.
+//
 // floor: the visited pages' K and V once, 2·tokens·d·bytes a KV head, at memory read speed.
+#include <algorithm>
+#include <stdexcept>
+
 #include "attend_split.h"
 #include "frames.h"
 #include "math.h"
@@ -11,7 +15,8 @@
 namespace fkv {
 namespace {
 
-// The pages that one KV head visits: `front` sink pages (every page where the lane attends all), then its selection, then the window.
+// The pages that one KV head visits: `front` sink pages (every page where the lane attends all), then its selection,
+// then the window.
 struct Visits {
   const int32_t *selected_page, *selected_slot;
   int32_t front, selected, window, window_begin;
@@ -25,8 +30,9 @@ Visits visits_of(const fkv_cache& cache, const fkv_lane& lane, int32_t layer, in
   if (lane.attend_all) return {nullptr, nullptr, pages, 0, 0, pages};
   const int64_t entry = lane_head(cache, layer, head);
   const int32_t begin = window_begin(lane, position + 1, cache.page_size);
-  return {lane.selected_page + entry * lane.k, lane.selected_slot + entry * lane.k, std::min(lane.sink_pages, pages),
-          lane.k > 0 ? lane.n_selected[entry] : 0,  std::max(0, pages - begin),      begin};
+  return {lane.selected_page + entry * lane.k, lane.selected_slot + entry * lane.k,
+          std::min(lane.sink_pages, pages),    lane.k > 0 ? lane.n_selected[entry] : 0,
+          std::max(0, pages - begin),          begin};
 }
 
 struct Page {
@@ -53,9 +59,11 @@ struct Partials {
   float* at(int64_t row_head, int32_t split) const { return data + (row_head * splits + split) * group * stride; }
 };
 
-void attend_one(const Partials& partials, const fkv_cache& cache, const float* qkv, int32_t layer, int64_t row_head, int32_t index) {
+void attend_one(const Partials& partials, const fkv_cache& cache, const float* qkv, int32_t layer, int64_t row_head,
+                int32_t index) {
   thread_local Scratch scratch;
-  const int32_t heads = cache.n_kv_heads, group = partials.group, d = cache.head_dim, head = static_cast<int32_t>(row_head % heads);
+  const int32_t heads = cache.n_kv_heads, group = partials.group, d = cache.head_dim,
+                head = static_cast<int32_t>(row_head % heads);
   const fkv_row& row = cache.rows[row_head / heads];
   const fkv_lane& lane = cache.lanes[row.sequence];
   const Visits visits = visits_of(cache, lane, layer, head, row.position);
@@ -74,10 +82,13 @@ void attend_one(const Partials& partials, const fkv_cache& cache, const float* q
   split.q = q;
   const float* from = qkv + (row_head / heads * (cache.n_q_heads + 2 * heads) + int64_t{head} * group) * d;
   for (int32_t j = 0; j < group; ++j) {
-    for (int64_t c = 0; c < split.width; ++c) q[j * split.width + c] = c < d ? from[j * d + c] * cache.attention_scale : 0.0f;
+    for (int64_t c = 0; c < split.width; ++c)
+      q[j * split.width + c] = c < d ? from[j * d + c] * cache.attention_scale : 0.0f;
   }
   for (int32_t i = begin; i < end; ++i) {
     const Page page = visited(lane, visits, i);
+    if (page.frame < 0 || page.frame >= lane.n_frames)
+      throw std::runtime_error("attend: a page lies outside its lane's frames");
     split.pages[split.n_pages++] = {lane_address(cache, lane, layer, page.frame, head, 0, 0),
                                     lane_address(cache, lane, layer, page.frame, head, 1, 0), cache.device.row,
                                     std::min(cache.page_size, row.position + 1 - page.page * cache.page_size)};
@@ -85,7 +96,8 @@ void attend_one(const Partials& partials, const fkv_cache& cache, const float* q
   attend_split(split, cache.dtype);
 }
 
-void attend_rows(Context& context, float* out, const fkv_cache& cache, const float* qkv, int32_t layer, int32_t n_rows) {
+void attend_rows(Context& context, float* out, const fkv_cache& cache, const float* qkv, int32_t layer,
+                 int32_t n_rows) {
   thread_local Scratch scratch;
   const int32_t heads = cache.n_kv_heads, group = cache.n_q_heads / heads, d = cache.head_dim;
   const int64_t row_floats = int64_t{cache.n_q_heads} * d, row_heads = int64_t{n_rows} * heads;
@@ -93,7 +105,8 @@ void attend_rows(Context& context, float* out, const fkv_cache& cache, const flo
   const auto splits_of = [&](int64_t row_head) {
     const fkv_row& row = row_of(row_head);
     if (row.sequence < 0) return 0;
-    return visits_of(cache, cache.lanes[row.sequence], layer, static_cast<int32_t>(row_head % heads), row.position).splits();
+    return visits_of(cache, cache.lanes[row.sequence], layer, static_cast<int32_t>(row_head % heads), row.position)
+        .splits();
   };
   Partials partials{nullptr, pad_lanes(d) + kLanes, group, 0};
   for (int64_t i = 0; i < row_heads; ++i) partials.splits = std::max(partials.splits, splits_of(i));
@@ -102,7 +115,8 @@ void attend_rows(Context& context, float* out, const fkv_cache& cache, const flo
   context.parallel(row_heads * partials.splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row_head = i / partials.splits;
-      if (row_of(row_head).sequence >= 0) attend_one(partials, cache, qkv, layer, row_head, static_cast<int32_t>(i % partials.splits));
+      if (row_of(row_head).sequence >= 0)
+        attend_one(partials, cache, qkv, layer, row_head, static_cast<int32_t>(i % partials.splits));
     }
   });
   context.parallel(row_heads, 4, [&](int64_t begin, int64_t end) {
@@ -113,7 +127,8 @@ void attend_rows(Context& context, float* out, const fkv_cache& cache, const flo
         continue;
       }
       for (int32_t j = 0; j < group; ++j) {
-        combine_splits(to + j * d, partials.at(i, 0) + j * partials.stride, group * partials.stride, splits_of(i), pad_lanes(d), d);
+        combine_splits(to + j * d, partials.at(i, 0) + j * partials.stride, group * partials.stride, splits_of(i),
+                       pad_lanes(d), d);
       }
     }
   });
@@ -131,7 +146,8 @@ using namespace fkv;
 
 int32_t fkv_attend(float* out, const fkv_cache* cache, float* qkv, int32_t layer, int32_t n_rows, fkv_stream* stream) {
   if (const int32_t status = check_step("fkv_attend", cache, layer, n_rows)) return status;
-  FKV_REQUIRE(out != nullptr && qkv != nullptr, FKV_BAD_ARGUMENT, "fkv_attend: %s is null", out == nullptr ? "out" : "qkv");
+  FKV_REQUIRE(out != nullptr && qkv != nullptr, FKV_BAD_ARGUMENT, "fkv_attend: %s is null",
+              out == nullptr ? "out" : "qkv");
   return launch(stream, "fkv_attend", [out, cache = *cache, qkv, layer, n_rows](Context& context) {
     attend_rows(context, out, cache, qkv, layer, n_rows);
   });

@@ -1,7 +1,7 @@
-// attend_split.cpp: scores, softmax and weighted sum over one split's pages. The query heads of a group are taken together, so that K
-// and V are loaded and widened once for up to four of them. Orders that never change on a machine: a score sums the register's lanes
-// over ascending d, then the lane tree; the sum of weights sums the lanes over ascending tokens, then the lane tree; an output channel
-// adds tokens one by one, ascending.
+// attend_split.cpp: scores, softmax and weighted sum over one split's pages. The query heads of a group are taken
+// together, so that K and V are loaded and widened once for up to four of them. Orders that never change on a machine:
+// a score sums the register's lanes over ascending d, then the lane tree; the sum of weights sums the lanes over
+// ascending tokens, then the lane tree; an output channel adds tokens one by one, ascending.
 #include "attend_split.h"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ struct Kernel {
   typedef Rows<B> Stored;
   typedef typename Stored::Element Element;
 
-  // scores[j][t] = q[j] · K[t] for Q queries and the page's rows, n/Q rows at a time. A last, partial set computes its last row again and
-  // writes past the page's rows, within the sixteen that belong to no other page.
+  // scores[j][t] = q[j] · K[t] for Q queries and the page's rows, n/Q rows at a time. A last, partial set computes its
+  // last row again and writes past the page's rows, within the sixteen that belong to no other page.
   template <int Q>
   static FKV_INLINE void score(const Split& split, const PageRows& page, const float* q, float* scores) {
     constexpr int kRows = L::n / Q;
@@ -56,9 +56,11 @@ struct Kernel {
     }
   }
 
-  // sums[j][c..] += Σ_t weights[j][t]·V[t][c..] over the page's rows, ascending, for Q queries and C vectors of columns (Half: half one).
+  // sums[j][c..] += Σ_t weights[j][t]·V[t][c..] over the page's rows, ascending, for Q queries and C vectors of columns
+  // (Half: half one).
   template <int Q, int C, bool Half>
-  static FKV_INLINE void weigh_columns(const Split& split, const PageRows& page, const float* weights, float* sums, int64_t c) {
+  static FKV_INLINE void weigh_columns(const Split& split, const PageRows& page, const float* weights, float* sums,
+                                       int64_t c) {
     const int64_t weight_stride = int64_t{kSplitPages} * split.page_size;
     F total[Q][C];
 #pragma GCC unroll 4
@@ -93,7 +95,8 @@ struct Kernel {
     if (c < split.head_dim) weigh_columns<Q, 1, true>(split, page, weights, sums, c);
   }
 
-  // scores → weights exp(score − maximum), and the two numbers of `summary`. `n` tokens; whole vectors, the rest weighs nothing.
+  // scores → weights exp(score − maximum), and the two numbers of `summary`. `n` tokens; whole vectors, the rest weighs
+  // nothing.
   static FKV_INLINE void softmax(float* scores, int32_t n, float* summary) {
     const int32_t padded = (n + L::n - 1) / L::n * L::n;
     for (int32_t t = n; t < padded; ++t) scores[t] = kNever;
@@ -135,8 +138,10 @@ struct Kernel {
       const float* weights = split.scores + i * split.page_size;
       float* sums = split.sums;
       int32_t left = split.group;
-      for (; left >= 4; left -= 4, weights += 4 * score_stride, sums += 4 * split.stride) weigh<4>(split, page, weights, sums);
-      for (; left >= 2; left -= 2, weights += 2 * score_stride, sums += 2 * split.stride) weigh<2>(split, page, weights, sums);
+      for (; left >= 4; left -= 4, weights += 4 * score_stride, sums += 4 * split.stride)
+        weigh<4>(split, page, weights, sums);
+      for (; left >= 2; left -= 2, weights += 2 * score_stride, sums += 2 * split.stride)
+        weigh<2>(split, page, weights, sums);
       if (left > 0) weigh<1>(split, page, weights, sums);
     }
   }

@@ -15,12 +15,12 @@ struct PageRows {
   int32_t rows;
 };
 
-// One split of one KV head. `width` is head_dim rounded up to whole vectors; every array is aligned to 64 bytes. Only the last page of
-// all may have fewer than page_size rows.
+// One split of one KV head. `width` is head_dim rounded up to whole vectors; every array is aligned to 64 bytes. Only
+// the last page of all may have fewer than page_size rows.
 struct Split {
-  const float* q;   // [group][width] times attention_scale, zeros from head_dim on
-  float* scores;    // [group][kSplitPages·page_size] work memory
-  float* sums;      // [group], `stride` floats apart, out: [width] Σ weight·V, then the maximum score and Σ weight
+  const float* q;  // [group][width] times attention_scale, zeros from head_dim on
+  float* scores;   // [group][kSplitPages·page_size] work memory
+  float* sums;     // [group], `stride` floats apart, out: [width] Σ weight·V, then the maximum score and Σ weight
   PageRows pages[kSplitPages];
   int32_t n_pages, group, page_size, head_dim;
   int64_t width, stride;

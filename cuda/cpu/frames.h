@@ -1,5 +1,5 @@
-// frames.h: where a page's rows lie, and which pages a step of a lane has. The address rules of fkv_frames and fkv_lane, in one place,
-// and the checks of them that every call on a cache begins with (frames.cpp).
+// frames.h: where a page's rows lie, and which pages a step of a lane has. The address rules of fkv_frames and
+// fkv_lane, in one place, and the checks of them that every call on a cache begins with (frames.cpp).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,17 +15,19 @@ FKV_INLINE char* frame_origin(const fkv_frames& frames, int64_t page) {
   return reinterpret_cast<char*>(frames.chunks[chunk]) + rest * frames.frame;
 }
 
-// First byte of token row `row` of K (kv 0) or V (kv 1) of one head and layer; for digests kv is 0 = min, 1 = max, and row 0.
-FKV_INLINE char* frame_address(const fkv_frames& frames, int64_t page, int32_t layer, int32_t head, int32_t kv, int32_t row) {
+// First byte of token row `row` of K (kv 0) or V (kv 1) of one head and layer; for digests kv is 0 = min, 1 = max, and
+// row 0.
+FKV_INLINE char* frame_address(const fkv_frames& frames, int64_t page, int32_t layer, int32_t head, int32_t kv,
+                               int32_t row) {
   return frame_origin(frames, page) + layer * frames.layer + head * frames.head + kv * frames.kv + row * frames.row;
 }
 
 // The same in frame `frame` of a lane.
-FKV_INLINE char* lane_address(const fkv_cache& cache, const fkv_lane& lane, int32_t layer, int32_t frame, int32_t head, int32_t kv,
-                              int32_t row) {
+FKV_INLINE char* lane_address(const fkv_cache& cache, const fkv_lane& lane, int32_t layer, int32_t frame, int32_t head,
+                              int32_t kv, int32_t row) {
   const int64_t index = static_cast<int64_t>(layer) * lane.n_frames + frame;
-  return reinterpret_cast<char*>(lane.frames) + index * cache.frame_bytes + head * cache.device.head + kv * cache.device.kv +
-         row * cache.device.row;
+  return reinterpret_cast<char*>(lane.frames) + index * cache.frame_bytes + head * cache.device.head +
+         kv * cache.device.kv + row * cache.device.row;
 }
 
 // Frame of a sink or window page (of any page where the lane is resident).

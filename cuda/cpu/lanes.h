@@ -1,6 +1,7 @@
-// lanes.h: vectors of the width that the CPU's registers have. GCC keeps a vector that is wider than a register in memory, which costs a
-// hot loop an order of magnitude; so the loops that prefill and decode attention spend their time in are templates over the width, and
-// each width's instance is compiled for the instruction set that has it. `B` is a vector's bytes.
+// lanes.h: vectors of the width that the CPU's registers have. GCC keeps a vector that is wider than a register in
+// memory, which costs a hot loop an order of magnitude; so the loops that prefill and decode attention spend their time
+// in are templates over the width, and each width's instance is compiled for the instruction set that has it. `B` is a
+// vector's bytes.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -29,7 +30,8 @@ inline int widest_lanes() {
 #endif
 }
 
-// Floats, integers and stored halves of one width. (Named one by one: GCC forgets the attribute of a type that depends on B.)
+// Floats, integers and stored halves of one width. (Named one by one: GCC forgets the attribute of a type that depends
+// on B.)
 template <int B>
 struct LaneTypes;
 template <>
@@ -85,8 +87,9 @@ struct RowsBf16 {
   static FKV_INLINE typename Lanes<B>::F widen(H bits) {
     // The compiler widens sixteen halves by pieces; interleaving them with zeros is one instruction.
     if constexpr (B == 64) {
-      return reinterpret_cast<vec>(__builtin_shufflevector(H{}, bits, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
-                                                           10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+      return reinterpret_cast<vec>(__builtin_shufflevector(H{}, bits, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
+                                                           7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                                           15, 31));
     } else {
       return reinterpret_cast<typename Lanes<B>::F>(__builtin_convertvector(bits, typename Lanes<B>::U) << 16);
     }
@@ -142,22 +145,24 @@ FKV_INLINE typename Lanes<B>::F fold(typename Lanes<B>::F a, typename Lanes<B>::
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// Sums over the lanes of n vectors at once: lane i of the result is the sum of v[reversed(i, n)], in the tree of sum_lanes. Each stage
-// folds two vectors into one, so that every addition works on all lanes.
+// Sums over the lanes of n vectors at once: lane i of the result is the sum of v[reversed(i, n)], in the tree of
+// sum_lanes. Each stage folds two vectors into one, so that every addition works on all lanes.
 template <int B, int Count = B / 4>
 FKV_INLINE typename Lanes<B>::F sum_each(typename Lanes<B>::F* v) {
   if constexpr (Count == 1) {
     return v[0];
   } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) v[i] = fold<B, Count / 2>(v[i], v[i + Count / 2], std::make_integer_sequence<int, B / 4>());
+    for (int i = 0; i < Count / 2; ++i)
+      v[i] = fold<B, Count / 2>(v[i], v[i + Count / 2], std::make_integer_sequence<int, B / 4>());
     return sum_each<B, Count / 2>(v);
   }
 }
 
 // Transposes n × n floats between rows of the given strides.
 template <int B, int... K>
-FKV_INLINE void transpose_by(float* to, int64_t to_stride, const float* from, int64_t from_stride, std::integer_sequence<int, K...>) {
+FKV_INLINE void transpose_by(float* to, int64_t to_stride, const float* from, int64_t from_stride,
+                             std::integer_sequence<int, K...>) {
   typedef Lanes<B> L;
   const typename L::I low = {(K % 2 * L::n + K / 2)...}, high = {(K % 2 * L::n + K / 2 + L::n / 2)...};
   typename L::F a[L::n], b[L::n];

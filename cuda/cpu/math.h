@@ -1,5 +1,6 @@
-// math.h: the sixteen-lane arithmetic that the twin's hot loops share: loads and stores of every storage type, the sum over lanes in one
-// fixed tree, exp. All of it is inline, so that each FKV_VECTOR clone compiles it for its own instruction set.
+// math.h: the sixteen-lane arithmetic that the twin's hot loops share: loads and stores of every storage type, the sum
+// over lanes in one fixed tree, exp. All of it is inline, so that each FKV_VECTOR clone compiles it for its own
+// instruction set.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,8 +21,8 @@ FKV_INLINE int64_t pad_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLa
 FKV_INLINE vec vec_of(float value) { return value - vec{}; }
 FKV_INLINE vec vec_from_bits(vecu bits) { return reinterpret_cast<vec>(bits); }
 
-// Widen one vector of stored values exactly. Zeros, subnormals, infinities and NaN come out as the scalar conversions of twin.h give them;
-// no f32 subnormal is ever an operand, which would cost an assist.
+// Widen one vector of stored values exactly. Zeros, subnormals, infinities and NaN come out as the scalar conversions
+// of twin.h give them; no f32 subnormal is ever an operand, which would cost an assist.
 FKV_INLINE vec widen_bf16(vech bits) { return vec_from_bits(__builtin_convertvector(bits, vecu) << 16); }
 FKV_INLINE vec widen_f16(vech bits) {
   const vecu half = __builtin_convertvector(bits, vecu);
@@ -104,7 +105,8 @@ FKV_INLINE void store_vec(void* p, int64_t i, int32_t dtype, vec v) {
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
 
-// Sum over the lanes, always in this tree: j and j + 8, then j + 4, j + 2, j + 1 (of a narrower vector, its last levels).
+// Sum over the lanes, always in this tree: j and j + 8, then j + 4, j + 2, j + 1 (of a narrower vector, its last
+// levels).
 FKV_INLINE float sum_lanes(vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 FKV_INLINE float sum_lanes(vec8 v) {
   vec4 half[2];
@@ -132,9 +134,9 @@ FKV_INLINE float max_lanes(vec v) {
   return max_lanes(half[0] > half[1] ? half[0] : half[1]);
 }
 
-// e^x to within 1 ulp; −inf gives 0, +inf and anything above 88.73 gives +inf, NaN stays NaN, small results are subnormal.
-// x = n·ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor series up to r^7 (remainder 5e-9 of the result), then two exact
-// multiplications by powers of two, because 2^n itself may lie outside the normal numbers.
+// e^x to within 1 ulp; −inf gives 0, +inf and anything above 88.73 gives +inf, NaN stays NaN, small results are
+// subnormal. x = n·ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor series up to r^7 (remainder 5e-9 of the result),
+// then two exact multiplications by powers of two, because 2^n itself may lie outside the normal numbers.
 template <class F>
 FKV_INLINE F exp_lanes(F x) {
   typedef decltype(x < x) Whole;  // int32 lanes
@@ -159,7 +161,8 @@ FKV_INLINE F exp_lanes(F x) {
 }
 FKV_INLINE vec exp_vec(vec x) { return exp_lanes(x); }
 
-// RMSNorm of n values: out = x·(1/√(mean(x²) + eps))·weight; out may be x. Squares are summed per lane, then in the lane tree.
+// RMSNorm of n values: out = x·(1/√(mean(x²) + eps))·weight; out may be x. Squares are summed per lane, then in the
+// lane tree.
 FKV_INLINE void rms_norm(float* out, const float* x, const void* weight, int32_t dtype, int64_t n, float eps) {
   const int64_t whole = n / kLanes * kLanes, rest = n - whole;
   vec squares{};
@@ -172,9 +175,11 @@ FKV_INLINE void rms_norm(float* out, const float* x, const void* weight, int32_t
     squares += v * v;
   }
   const float factor = 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(n) + eps);
-  for (int64_t i = 0; i < whole; i += kLanes) store_vec(out + i, StoredF32::load(x + i) * factor * load_vec(weight, i, dtype));
+  for (int64_t i = 0; i < whole; i += kLanes)
+    store_vec(out + i, StoredF32::load(x + i) * factor * load_vec(weight, i, dtype));
   if (rest > 0)
-    store_vec_tail(out + whole, StoredF32::load_tail(x + whole, rest) * factor * load_vec_tail(weight, whole, dtype, rest), rest);
+    store_vec_tail(out + whole,
+                   StoredF32::load_tail(x + whole, rest) * factor * load_vec_tail(weight, whole, dtype, rest), rest);
 }
 
 }  // namespace fkv

@@ -1,5 +1,5 @@
-// matmul.cpp: how the tiles cover a phase. Few rows stream W once, converted in registers: bound by memory. Many rows convert W panel by
-// panel into the first cache and run register tiles over it: bound by multiply-add.
+// matmul.cpp: how the tiles cover a phase. Few rows stream W once, converted in registers: bound by memory. Many rows
+// convert W panel by panel into the first cache and run register tiles over it: bound by multiply-add.
 #include <algorithm>
 
 #include "dense.h"
@@ -8,7 +8,8 @@
 namespace fkv {
 namespace {
 
-// Tiles by register width: 32 registers of 64 bytes hold 4 rows of x by 4 of W; narrower files have 16, for one row of x by 4.
+// Tiles by register width: 32 registers of 64 bytes hold 4 rows of x by 4 of W; narrower files have 16, for one row of
+// x by 4.
 template <int B>
 constexpr int kTileX = B == 64 ? 4 : 1;
 // Rows of W in flight where there is one row of x.
@@ -32,7 +33,8 @@ Plan plan_of(const Matmul& job) {
   if (plan.direct) {
     plan.block_rows = job.n_rows;
   } else {
-    // Rows of x that fit half of a common second cache; where sums must wait between panels, at most what there is room for.
+    // Rows of x that fit half of a common second cache; where sums must wait between panels, at most what there is room
+    // for.
     const int64_t fit = std::max<int64_t>(16, (1 << 20) / (job.padded * 4) / kTile * kTile);
     plan.block_rows = std::min(job.n_rows, job.padded <= kPanelK ? fit : std::min(fit, kMaxSaved * kTileX<B>));
   }
@@ -40,7 +42,8 @@ Plan plan_of(const Matmul& job) {
   return plan;
 }
 
-// Pointers to the rows of W from out0 on; beyond the last row, that row again (its sums are dropped). Returns how many are real.
+// Pointers to the rows of W from out0 on; beyond the last row, that row again (its sums are dropped). Returns how many
+// are real.
 template <class Rows, int W>
 FKV_INLINE int64_t weight_rows(const typename Rows::Element** rows, const Matmul& job, int64_t out0) {
   const auto* weight = static_cast<const typename Rows::Element*>(job.weight);
@@ -69,8 +72,10 @@ FKV_INLINE void panel_unit(const Matmul& job, const Panel& panel, Sums<B, kTile,
   if (panel.begin > 0) sums = *saved;
   const float* x = job.x + row * job.padded + panel.begin;
   sums = panel_tile<B, X>(sums, panel.values, x, job.padded, ceil_div(panel.end - panel.begin, kLanes));
-  if (panel.end < job.k) *saved = sums;
-  else finish_tile(job, sums, row, panel.out0, panel.width);
+  if (panel.end < job.k)
+    *saved = sums;
+  else
+    finish_tile(job, sums, row, panel.out0, panel.width);
 }
 
 // All rows row0..row1 of x against one unit of W; the rows that fill no tile one at a time.
@@ -104,9 +109,12 @@ FKV_INLINE void run(const Matmul& job, const Plan& plan, int64_t begin, int64_t 
     } else if (job.n_rows == 1) {
       direct_unit<B, Rows, kTileOfOneRow<B>, 1>(job, task);
     } else if constexpr (kTileX<B> == 4) {
-      if (job.n_rows == 2) direct_unit<B, Rows, kTile, 2>(job, task);
-      else if (job.n_rows == 3) direct_unit<B, Rows, kTile, 3>(job, task);
-      else direct_unit<B, Rows, kTile, 4>(job, task);
+      if (job.n_rows == 2)
+        direct_unit<B, Rows, kTile, 2>(job, task);
+      else if (job.n_rows == 3)
+        direct_unit<B, Rows, kTile, 3>(job, task);
+      else
+        direct_unit<B, Rows, kTile, 4>(job, task);
     }
   }
 }

@@ -1,5 +1,7 @@
-// pages.cpp: whole pages: copied between pools of any layout, digested, and finished (digested and written to the host) in a step.
-// Digest kinds. Source: Quest (channel-wise minimum and maximum of K); ArkVale (centre ± mean absolute deviation).
+// pages.cpp: whole pages: copied between pools of any layout, digested, and finished (digested and written to the host)
+// in a step.
+//
+// Source of the digests: Quest (channel-wise minimum and maximum of K); ArkVale (centre ± mean absolute deviation).
 #include <stdexcept>
 #include <vector>
 
@@ -19,7 +21,8 @@ void copy_rows(char* to, int64_t to_stride, const char* from, int64_t from_strid
     std::memcpy(to, from, static_cast<size_t>(n * row_bytes));
     return;
   }
-  for (int32_t r = 0; r < n; ++r) std::memcpy(to + r * to_stride, from + r * from_stride, static_cast<size_t>(row_bytes));
+  for (int32_t r = 0; r < n; ++r)
+    std::memcpy(to + r * to_stride, from + r * from_stride, static_cast<size_t>(row_bytes));
 }
 
 struct Channels {
@@ -42,7 +45,8 @@ FKV_INLINE Channels min_max(const char* keys, int64_t stride, int32_t rows, int6
 }
 
 // Mean −/+ mean absolute deviation; both sums in f32 over ascending rows.
-FKV_INLINE Channels mean_deviation(const char* keys, int64_t stride, int32_t rows, int64_t c, int64_t n, int32_t dtype) {
+FKV_INLINE Channels mean_deviation(const char* keys, int64_t stride, int32_t rows, int64_t c, int64_t n,
+                                   int32_t dtype) {
   const float share = 1.0f / static_cast<float>(rows);  // exact: pages hold a power of two of rows
   vec sum{}, deviation{};
   for (int32_t r = 0; r < rows; ++r) sum += keys_at(keys + r * stride, c, n, dtype);
@@ -56,8 +60,8 @@ FKV_INLINE Channels mean_deviation(const char* keys, int64_t stride, int32_t row
 }
 
 // One head's digest: low[d] and high[d] of `dtype` from `rows` rows of K.
-FKV_VECTOR void digest_head(char* low, char* high, const char* keys, int64_t stride, int32_t rows, int32_t head_dim, int32_t dtype,
-                            int32_t kind) {
+FKV_VECTOR void digest_head(char* low, char* high, const char* keys, int64_t stride, int32_t rows, int32_t head_dim,
+                            int32_t dtype, int32_t kind) {
   for (int64_t c = 0; c < head_dim; c += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, head_dim - c);
     const Channels channels =
@@ -74,9 +78,11 @@ FKV_VECTOR void digest_head(char* low, char* high, const char* keys, int64_t str
   }
 }
 
-void digest_page(const fkv_cache& cache, int32_t kind, const char* keys, int64_t stride, int64_t block, int32_t layer, int32_t head) {
-  digest_head(frame_address(cache.digests, block, layer, head, 0, 0), frame_address(cache.digests, block, layer, head, 1, 0), keys,
-              stride, cache.page_size, cache.head_dim, cache.dtype, kind);
+void digest_page(const fkv_cache& cache, int32_t kind, const char* keys, int64_t stride, int64_t block, int32_t layer,
+                 int32_t head) {
+  digest_head(frame_address(cache.digests, block, layer, head, 0, 0),
+              frame_address(cache.digests, block, layer, head, 1, 0), keys, stride, cache.page_size, cache.head_dim,
+              cache.dtype, kind);
 }
 
 struct Pair {
@@ -94,7 +100,8 @@ void for_each_head(Context& context, const Pages& pages, const Each& each) {
   const int32_t layers = pages.params.n_layers, heads = pages.cache.n_kv_heads;
   context.parallel(static_cast<int64_t>(pages.pairs.size()) * layers * heads, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      each(pages.pairs[static_cast<size_t>(i / heads / layers)], static_cast<int32_t>(i / heads % layers), static_cast<int32_t>(i % heads));
+      each(pages.pairs[static_cast<size_t>(i / heads / layers)], static_cast<int32_t>(i / heads % layers),
+           static_cast<int32_t>(i % heads));
     }
   });
 }
@@ -112,7 +119,8 @@ void copy_pages(Context& context, const Pages& pages) {
   for_each_head(context, pages, [&](Pair pair, int32_t layer, int32_t head) {
     for (int32_t kv = 0; kv < 2; ++kv) {
       copy_rows(frame_address(dst, pair.to, pages.params.dst_layer0 + layer, head, kv, 0), dst.row,
-                frame_address(src, pair.from, pages.params.src_layer0 + layer, head, kv, 0), src.row, tokens, row_bytes);
+                frame_address(src, pair.from, pages.params.src_layer0 + layer, head, kv, 0), src.row, tokens,
+                row_bytes);
     }
   });
 }
@@ -120,8 +128,8 @@ void copy_pages(Context& context, const Pages& pages) {
 void digest_pages(Context& context, const Pages& pages, int32_t kind) {
   const fkv_frames& src = pages.params.src;
   for_each_head(context, pages, [&](Pair pair, int32_t layer, int32_t head) {
-    digest_page(pages.cache, kind, frame_address(src, pair.from, pages.params.src_layer0 + layer, head, 0, 0), src.row, pair.to,
-                pages.params.dst_layer0 + layer, head);
+    digest_page(pages.cache, kind, frame_address(src, pair.from, pages.params.src_layer0 + layer, head, 0, 0), src.row,
+                pair.to, pages.params.dst_layer0 + layer, head);
   });
 }
 
@@ -129,24 +137,27 @@ int32_t check_pages(const char* call, const fkv_cache* cache, const fkv_pages_pa
   if (const int32_t status = check_cache(call, cache)) return status;
   FKV_REQUIRE(params != nullptr, FKV_BAD_ARGUMENT, "%s: params is null", call);
   FKV_REQUIRE(params->struct_bytes == sizeof(fkv_pages_params), FKV_ABI_MISMATCH,
-              "%s: params.struct_bytes is %u, this library's fkv_pages_params has %zu", call, params->struct_bytes, sizeof(fkv_pages_params));
-  FKV_REQUIRE(params->n >= 0 && params->n <= kMaxPairs, FKV_BAD_ARGUMENT, "%s: %d pages; a call takes 0 to %d", call, params->n, kMaxPairs);
-  FKV_REQUIRE(params->n == 0 || (params->from != nullptr && params->to != nullptr), FKV_BAD_ARGUMENT, "%s: params.%s is null", call,
-              params->from == nullptr ? "from" : "to");
+              "%s: params.struct_bytes is %u, this library's fkv_pages_params has %zu", call, params->struct_bytes,
+              sizeof(fkv_pages_params));
+  FKV_REQUIRE(params->n >= 0 && params->n <= kMaxPairs, FKV_BAD_ARGUMENT, "%s: %d pages; a call takes 0 to %d", call,
+              params->n, kMaxPairs);
+  FKV_REQUIRE(params->n == 0 || (params->from != nullptr && params->to != nullptr), FKV_BAD_ARGUMENT,
+              "%s: params.%s is null", call, params->from == nullptr ? "from" : "to");
   FKV_REQUIRE(params->n_layers >= 0 && params->src_layer0 >= 0 && params->dst_layer0 >= 0 &&
-                  params->n_layers <= cache->n_layers - params->src_layer0 && params->n_layers <= cache->n_layers - params->dst_layer0,
-              FKV_BAD_ARGUMENT, "%s: %d layers from %d to %d; the cache has %d", call, params->n_layers, params->src_layer0,
-              params->dst_layer0, cache->n_layers);
+                  params->n_layers <= cache->n_layers - params->src_layer0 &&
+                  params->n_layers <= cache->n_layers - params->dst_layer0,
+              FKV_BAD_ARGUMENT, "%s: %d layers from %d to %d; the cache has %d", call, params->n_layers,
+              params->src_layer0, params->dst_layer0, cache->n_layers);
   for (int32_t i = 0; i < params->n; ++i) {
-    FKV_REQUIRE(params->from[i] >= 0 && params->to[i] >= 0, FKV_BAD_ARGUMENT, "%s: pair %d is page %d to page %d", call, i, params->from[i],
-                params->to[i]);
+    FKV_REQUIRE(params->from[i] >= 0 && params->to[i] >= 0, FKV_BAD_ARGUMENT, "%s: pair %d is page %d to page %d", call,
+                i, params->from[i], params->to[i]);
   }
   return check_frames(call, "params.src", params->src);
 }
 
 int32_t check_digests(const char* call, const fkv_cache* cache, int32_t kind) {
-  FKV_REQUIRE(kind == kQuest || kind == kArkVale, FKV_BAD_ARGUMENT, "%s: digest_kind %d is neither 0 (min, max) nor 1 (mean, deviation)",
-              call, kind);
+  FKV_REQUIRE(kind == kQuest || kind == kArkVale, FKV_BAD_ARGUMENT,
+              "%s: digest_kind %d is neither 0 (min, max) nor 1 (mean, deviation)", call, kind);
   return check_frames(call, "cache.digests", cache->digests);
 }
 
@@ -176,7 +187,8 @@ void finish_rows(Context& context, const fkv_cache& cache, int32_t digest_kind, 
       const fkv_lane& lane = cache.lanes[row.sequence];
       const int32_t frame = lane_frame_of_window_page(lane, row.position / cache.page_size);
       if (frame >= lane.n_frames) throw std::runtime_error("page_finish: the page lies outside its lane's frames");
-      digest_page(cache, digest_kind, lane_address(cache, lane, layer, frame, head, 0, 0), cache.device.row, row.block, layer, head);
+      digest_page(cache, digest_kind, lane_address(cache, lane, layer, frame, head, 0, 0), cache.device.row, row.block,
+                  layer, head);
       for (int32_t kv = 0; kv < 2; ++kv) {
         copy_rows(frame_address(cache.host, row.block, layer, head, kv, 0), cache.host.row,
                   lane_address(cache, lane, layer, frame, head, kv, 0), cache.device.row, cache.page_size,
@@ -194,12 +206,13 @@ int32_t fkv_pages_copy(const fkv_cache* cache, const fkv_pages_params* params, f
   const char* call = "fkv_pages_copy";
   if (const int32_t status = check_pages(call, cache, params)) return status;
   if (const int32_t status = check_frames(call, "params.dst", params->dst)) return status;
-  FKV_REQUIRE(params->n_tokens >= 0 && params->n_tokens <= cache->page_size, FKV_BAD_SHAPE, "%s: %d tokens of pages of %d", call,
-              params->n_tokens, cache->page_size);
+  FKV_REQUIRE(params->n_tokens >= 0 && params->n_tokens <= cache->page_size, FKV_BAD_SHAPE,
+              "%s: %d tokens of pages of %d", call, params->n_tokens, cache->page_size);
   return launch(stream, call, [pages = copy_of(cache, params)](Context& context) { copy_pages(context, pages); });
 }
 
-int32_t fkv_pages_digest(const fkv_cache* cache, const fkv_pages_params* params, int32_t digest_kind, fkv_stream* stream) {
+int32_t fkv_pages_digest(const fkv_cache* cache, const fkv_pages_params* params, int32_t digest_kind,
+                         fkv_stream* stream) {
   const char* call = "fkv_pages_digest";
   if (const int32_t status = check_pages(call, cache, params)) return status;
   if (const int32_t status = check_digests(call, cache, digest_kind)) return status;
@@ -208,7 +221,8 @@ int32_t fkv_pages_digest(const fkv_cache* cache, const fkv_pages_params* params,
   });
 }
 
-int32_t fkv_page_finish(const fkv_cache* cache, int32_t digest_kind, int32_t layer, int32_t n_rows, fkv_stream* stream) {
+int32_t fkv_page_finish(const fkv_cache* cache, int32_t digest_kind, int32_t layer, int32_t n_rows,
+                        fkv_stream* stream) {
   const char* call = "fkv_page_finish";
   if (const int32_t status = check_step(call, cache, layer, n_rows)) return status;
   if (const int32_t status = check_digests(call, cache, digest_kind)) return status;

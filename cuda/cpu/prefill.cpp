@@ -1,6 +1,7 @@
 // prefill.cpp: causal attention of a chunk of a prompt to itself and to everything before it.
-// Keys come in blocks of 64 absolute positions, ascending, so that a token's bits do not depend on where chunks begin; the work is split
-// over KV heads and tiles of queries, and each tile turns a block of keys into floats once for all its queries.
+// Keys come in blocks of 64 absolute positions, ascending, so that a token's bits do not depend on where chunks begin;
+// the work is split over KV heads and tiles of queries, and each tile turns a block of keys into floats once for all
+// its queries.
 #include "frames.h"
 #include "math.h"
 #include "prefill_tile.h"
@@ -9,7 +10,8 @@
 namespace fkv {
 namespace {
 
-// Queries in a tile: enough for a block's conversion to be small beside them, few enough for q and sums to stay in the second-level cache.
+// Queries in a tile: enough for a block's conversion to be small beside them, few enough for q and sums to stay in the
+// second-level cache.
 constexpr int32_t kTileQueries = 256;
 
 // Token rows first .. first + n − 1 of the chunk under one KV head.
@@ -20,8 +22,9 @@ void attend_tile(const fkv_cache& cache, const fkv_prefill_params& params, int32
   const int64_t numbers = pad_lanes(padded);
   float* memory = scratch.floats(static_cast<size_t>(2 * padded * width + 2 * numbers + 3 * kBlockKeys * width));
   const auto take = [&memory](int64_t floats) { return memory += floats, memory - floats; };
-  const QueryTile tile{take(padded * width), take(padded * width), take(numbers), take(numbers), width, n * group, group, d,
-                       params.start + first};
+  const QueryTile tile{
+      take(padded * width), take(padded * width), take(numbers), take(numbers), width, n * group, group, d,
+      params.start + first};
   const KeyBlock block{take(width * kBlockKeys), take(width * kBlockKeys), take(width * kBlockKeys)};
 
   const int64_t qkv_width = (int64_t{cache.n_q_heads} + 2 * cache.n_kv_heads) * d;
@@ -68,7 +71,6 @@ using namespace fkv;
 int32_t fkv_prefill_attend(const fkv_cache* cache, const fkv_prefill_params* params, fkv_stream* stream) {
   if (const int32_t status = check_chunk("fkv_prefill_attend", cache, params)) return status;
   FKV_REQUIRE(params->out != nullptr, FKV_BAD_ARGUMENT, "fkv_prefill_attend: params.out is null");
-  return launch(stream, "fkv_prefill_attend", [cache = *cache, params = *params](Context& context) {
-    attend_chunk(context, cache, params);
-  });
+  return launch(stream, "fkv_prefill_attend",
+                [cache = *cache, params = *params](Context& context) { attend_chunk(context, cache, params); });
 }

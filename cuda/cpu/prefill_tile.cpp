@@ -1,6 +1,8 @@
-// prefill_tile.cpp: the inner loops of prefill attention. Six queries by some vectors of keys (scores) or channels (values) stay in
-// registers. A query's sums do not depend on its place in the tile or on its neighbours: a score adds products over ascending d, an output
-// channel adds them over ascending keys, and every query runs through the same code, a lone one beside five that are thrown away.
+// prefill_tile.cpp: the inner loops of prefill attention. Six queries by some vectors of keys (scores) or channels
+// (values) stay in registers. A query's sums do not depend on its place in the tile or on its neighbours: a score adds
+// products over ascending d, an output channel adds them over ascending keys, and every query runs through the same
+// code, a lone one beside five that are thrown away.
+//
 // floor: 2·d multiply-adds for each query and key at or before it, at the FMA rate.
 #include "prefill_tile.h"
 
@@ -26,7 +28,8 @@ struct Kernel {
 #endif
 
   // scores[j][t] = q[j] · K[t] for kStep queries and kVectors vectors of keys from t on.
-  static FKV_INLINE void score(float* scores, const float* q, int64_t width, const float* keys, int32_t head_dim, int t) {
+  static FKV_INLINE void score(float* scores, const float* q, int64_t width, const float* keys, int32_t head_dim,
+                               int t) {
     F sums[kStep][kVectors] = {};
     for (int32_t c = 0; c < head_dim; ++c) {
       F k[kVectors];
@@ -46,10 +49,11 @@ struct Kernel {
     }
   }
 
-  // sums[j] = sums[j]·fade[j] + Σ weights[j][t]·V[t] over keys t < n[j], ascending, for kStep queries and C vectors of channels from c on.
+  // sums[j] = sums[j]·fade[j] + Σ weights[j][t]·V[t] over keys t < n[j], ascending, for kStep queries and C vectors of
+  // channels from c on.
   template <int C>
-  static FKV_INLINE void weigh(float* sums, const float* fade, const float* weights, const float* values, int64_t width, int64_t c,
-                               const int32_t* n) {
+  static FKV_INLINE void weigh(float* sums, const float* fade, const float* weights, const float* values, int64_t width,
+                               int64_t c, const int32_t* n) {
     const int32_t shared = n[0];  // the least: positions ascend
     F total[kStep][C];
 #pragma GCC unroll 6
@@ -81,7 +85,8 @@ struct Kernel {
     }
   }
 
-  // One query's scores of a block, of which the first n are its to see → weights; returns their sum. `maximum` becomes that of all keys.
+  // One query's scores of a block, of which the first n are its to see → weights; returns their sum. `maximum` becomes
+  // that of all keys.
   static FKV_INLINE float softmax(float* scores, int32_t n, float& maximum) {
     for (int32_t t = n; t < kBlockKeys; ++t) scores[t] = kNever;
     F best = F{} + kNever, sum{};
@@ -143,8 +148,8 @@ struct Kernel {
   }
 
   template <class Stored>
-  static FKV_INLINE void load_as(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width,
-                                 int32_t head_dim) {
+  static FKV_INLINE void load_as(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n,
+                                 int64_t width, int32_t head_dim) {
     for (int32_t t = 0; t < n; ++t) {
       widen_row<Stored>(block.rows + t * width, keys[t], width, head_dim);
       widen_row<Stored>(block.values + t * width, values[t], width, head_dim);
@@ -155,28 +160,37 @@ struct Kernel {
       }
     }
   }
-  static FKV_INLINE void load(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width,
-                              int32_t head_dim, int32_t dtype) {
-    if (dtype == FKV_F32) load_as<RowsF32<B>>(block, keys, values, n, width, head_dim);
-    else if (dtype == FKV_BF16) load_as<RowsBf16<B>>(block, keys, values, n, width, head_dim);
-    else load_as<RowsF16<B>>(block, keys, values, n, width, head_dim);
+  static FKV_INLINE void load(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n,
+                              int64_t width, int32_t head_dim, int32_t dtype) {
+    if (dtype == FKV_F32)
+      load_as<RowsF32<B>>(block, keys, values, n, width, head_dim);
+    else if (dtype == FKV_BF16)
+      load_as<RowsBf16<B>>(block, keys, values, n, width, head_dim);
+    else
+      load_as<RowsF16<B>>(block, keys, values, n, width, head_dim);
   }
 };
 
-FKV_TARGET_64 void attend_64(const QueryTile& tile, const KeyBlock& block, int32_t first_key) { Kernel<64>::attend(tile, block, first_key); }
-FKV_TARGET_32 void attend_32(const QueryTile& tile, const KeyBlock& block, int32_t first_key) { Kernel<32>::attend(tile, block, first_key); }
-void attend_16(const QueryTile& tile, const KeyBlock& block, int32_t first_key) { Kernel<16>::attend(tile, block, first_key); }
+FKV_TARGET_64 void attend_64(const QueryTile& tile, const KeyBlock& block, int32_t first_key) {
+  Kernel<64>::attend(tile, block, first_key);
+}
+FKV_TARGET_32 void attend_32(const QueryTile& tile, const KeyBlock& block, int32_t first_key) {
+  Kernel<32>::attend(tile, block, first_key);
+}
+void attend_16(const QueryTile& tile, const KeyBlock& block, int32_t first_key) {
+  Kernel<16>::attend(tile, block, first_key);
+}
 
-FKV_TARGET_64 void load_64(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width,
-                           int32_t head_dim, int32_t dtype) {
+FKV_TARGET_64 void load_64(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n,
+                           int64_t width, int32_t head_dim, int32_t dtype) {
   Kernel<64>::load(block, keys, values, n, width, head_dim, dtype);
 }
-FKV_TARGET_32 void load_32(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width,
-                           int32_t head_dim, int32_t dtype) {
+FKV_TARGET_32 void load_32(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n,
+                           int64_t width, int32_t head_dim, int32_t dtype) {
   Kernel<32>::load(block, keys, values, n, width, head_dim, dtype);
 }
-void load_16(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width, int32_t head_dim,
-             int32_t dtype) {
+void load_16(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width,
+             int32_t head_dim, int32_t dtype) {
   Kernel<16>::load(block, keys, values, n, width, head_dim, dtype);
 }
 
@@ -189,8 +203,8 @@ void clear_tile(const QueryTile& tile) {
   std::fill(tile.total, tile.total + rows, 0.0f);
 }
 
-void load_block(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width, int32_t head_dim,
-                int32_t dtype) {
+void load_block(const KeyBlock& block, const char* const* keys, const char* const* values, int32_t n, int64_t width,
+                int32_t head_dim, int32_t dtype) {
   const int bytes = widest_lanes();
   (bytes == 64 ? load_64 : bytes == 32 ? load_32 : load_16)(block, keys, values, n, width, head_dim, dtype);
 }

@@ -11,7 +11,8 @@ namespace {
 
 constexpr int32_t kMaxHeadDim = 1024;
 
-// Cosines and sines of one row, shared by its heads: angles in float64, because at position 10^5 an f32 angle is off by up to 4e-3.
+// Cosines and sines of one row, shared by its heads: angles in float64, because at position 10^5 an f32 angle is off by
+// up to 4e-3.
 struct Turn {
   float cos[kMaxHeadDim / 2], sin[kMaxHeadDim / 2];
 };
@@ -25,7 +26,8 @@ void turn_of(Turn& turn, const fkv_rope_params& params, int32_t position) {
 }
 
 // `n` heads of d values that follow each other.
-FKV_VECTOR void turn_heads(float* heads, int32_t n, int32_t d, const Turn& turn, const void* norm, int32_t dtype, float eps) {
+FKV_VECTOR void turn_heads(float* heads, int32_t n, int32_t d, const Turn& turn, const void* norm, int32_t dtype,
+                           float eps) {
   const int32_t half = d / 2;
   for (int32_t h = 0; h < n; ++h) {
     float* x = heads + static_cast<int64_t>(h) * d;
@@ -50,24 +52,28 @@ void rope_rows(Context& context, const fkv_rope_params& params) {
       float* qkv = params.qkv + row * width;
       turn_of(turn, params, position);
       turn_heads(qkv, params.n_q_heads, params.head_dim, turn, params.q_norm, params.dtype, params.eps);
-      turn_heads(qkv + params.n_q_heads * d, params.n_kv_heads, params.head_dim, turn, params.k_norm, params.dtype, params.eps);
+      turn_heads(qkv + params.n_q_heads * d, params.n_kv_heads, params.head_dim, turn, params.k_norm, params.dtype,
+                 params.eps);
     }
   });
 }
 
 int32_t check_rope(const char* call, const fkv_rope_params* params) {
   FKV_REQUIRE(params != nullptr, FKV_BAD_ARGUMENT, "%s: rope params is null", call);
-  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_rope_params), FKV_ABI_MISMATCH, "%s: rope struct_bytes is %u, this library's is %zu", call,
-              params->struct_bytes, sizeof(fkv_rope_params));
-  FKV_REQUIRE(params->qkv && params->positions && params->inv_freq, FKV_BAD_ARGUMENT, "%s: qkv, positions or inv_freq of rope is null", call);
+  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_rope_params), FKV_ABI_MISMATCH,
+              "%s: rope struct_bytes is %u, this library's is %zu", call, params->struct_bytes,
+              sizeof(fkv_rope_params));
+  FKV_REQUIRE(params->qkv && params->positions && params->inv_freq, FKV_BAD_ARGUMENT,
+              "%s: qkv, positions or inv_freq of rope is null", call);
   FKV_REQUIRE(params->n_rows > 0 && params->n_q_heads > 0 && params->n_kv_heads > 0, FKV_BAD_SHAPE,
-              "%s: rope n_rows %d, n_q_heads %d and n_kv_heads %d must be positive", call, params->n_rows, params->n_q_heads, params->n_kv_heads);
+              "%s: rope n_rows %d, n_q_heads %d and n_kv_heads %d must be positive", call, params->n_rows,
+              params->n_q_heads, params->n_kv_heads);
   FKV_REQUIRE(params->head_dim > 0 && params->head_dim % 2 == 0 && params->head_dim <= kMaxHeadDim, FKV_BAD_SHAPE,
               "%s: head_dim %d of rope must be even and at most %d", call, params->head_dim, kMaxHeadDim);
   FKV_REQUIRE(params->dtype == FKV_F32 || params->dtype == FKV_BF16 || params->dtype == FKV_F16, FKV_BAD_ARGUMENT,
               "%s: dtype %d of rope is none of F32, BF16, F16", call, params->dtype);
-  FKV_REQUIRE(params->eps >= 0.0f || !(params->q_norm || params->k_norm), FKV_BAD_ARGUMENT, "%s: eps %g of rope cannot be negative", call,
-              static_cast<double>(params->eps));
+  FKV_REQUIRE(params->eps >= 0.0f || !(params->q_norm || params->k_norm), FKV_BAD_ARGUMENT,
+              "%s: eps %g of rope cannot be negative", call, static_cast<double>(params->eps));
   return FKV_OK;
 }
 
@@ -76,5 +82,6 @@ int32_t check_rope(const char* call, const fkv_rope_params* params) {
 extern "C" int32_t fkv_rope(const fkv_rope_params* params, fkv_stream* stream) {
   if (const int32_t status = fkv::check_rope("fkv_rope", params)) return status;
   FKV_REQUIRE(stream != nullptr, FKV_BAD_ARGUMENT, "fkv_rope: stream is null");
-  return fkv::launch(stream, "fkv_rope", [params = *params](fkv::Context& context) { fkv::rope_rows(context, params); });
+  return fkv::launch(stream, "fkv_rope",
+                     [params = *params](fkv::Context& context) { fkv::rope_rows(context, params); });
 }

@@ -1,8 +1,8 @@
 // sample.cpp: the next token of each row, and what a step tells the host about it.
 //
-// NaN logits rank and weigh as −inf. Sums are f64 in a fixed order. A draw is u in [0, 1), 24 bits of splitmix64's output number
-// position + 1 from the state `seed`; the token is the first, by ascending id among those kept, at which the running weight exceeds u times
-// their total.
+// NaN logits rank and weigh as −inf. Sums are f64 in a fixed order. A draw is u in [0, 1), 24 bits of splitmix64's
+// output number position + 1 from the state `seed`; the token is the first, by ascending id among those kept, at which
+// the running weight exceeds u times their total.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -32,7 +32,8 @@ FKV_VECTOR float largest(const float* logits, int64_t vocab) {
   return top;
 }
 
-// weight[i] = e^((logit − top)/temperature). A logit equal to the largest weighs 1 whatever it is, so that infinities make no NaN.
+// weight[i] = e^((logit − top)/temperature). A logit equal to the largest weighs 1 whatever it is, so that infinities
+// make no NaN.
 FKV_INLINE vec weigh(vec logits, float top, float temperature) {
   const vec v = without_nan(logits);
   return exp_vec(v == top ? vec{} : (v - top) / temperature);
@@ -40,7 +41,8 @@ FKV_INLINE vec weigh(vec logits, float top, float temperature) {
 FKV_VECTOR void weigh_all(float* weight, const float* logits, int64_t vocab, float top, float temperature) {
   int64_t i = 0;
   for (; i + kLanes <= vocab; i += kLanes) store_vec(weight + i, weigh(StoredF32::load(logits + i), top, temperature));
-  if (i < vocab) store_vec_tail(weight + i, weigh(StoredF32::load_tail(logits + i, vocab - i), top, temperature), vocab - i);
+  if (i < vocab)
+    store_vec_tail(weight + i, weigh(StoredF32::load_tail(logits + i, vocab - i), top, temperature), vocab - i);
 }
 
 // ln Σ e^(logit − top).
@@ -56,7 +58,8 @@ FKV_VECTOR double log_total(const float* logits, int64_t vocab, float top) {
   return std::log(total);
 }
 
-// Hands out ids by falling logit, ties by rising id, as many as are asked for: a heap in `ids`, the taken ones behind it.
+// Hands out ids by falling logit, ties by rising id, as many as are asked for: a heap in `ids`, the taken ones behind
+// it.
 class Ranking {
  public:
   Ranking(int32_t* ids, const float* logits, int32_t vocab) : ids_(ids), logits_(logits), vocab_(vocab) {
@@ -181,13 +184,16 @@ void sample_row(const fkv_cache& cache, const fkv_sample_params& params, int32_t
 
 extern "C" int32_t fkv_sample(const fkv_cache* cache, const fkv_sample_params* params, fkv_stream* stream) {
   FKV_REQUIRE(params && stream, FKV_BAD_ARGUMENT, "fkv_sample: params or stream is null");
-  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_sample_params), FKV_ABI_MISMATCH, "fkv_sample: params.struct_bytes is %u, this library's is %zu",
-              params->struct_bytes, sizeof(fkv_sample_params));
+  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_sample_params), FKV_ABI_MISMATCH,
+              "fkv_sample: params.struct_bytes is %u, this library's is %zu", params->struct_bytes,
+              sizeof(fkv_sample_params));
   if (const int32_t status = fkv::check_step("fkv_sample", cache, 0, params->n_rows)) return status;
-  FKV_REQUIRE(cache->sampled && cache->counters, FKV_BAD_ARGUMENT, "fkv_sample: sampled or counters of the cache is null");
-  FKV_REQUIRE(params->results && params->step && params->scratch, FKV_BAD_ARGUMENT, "fkv_sample: results, step or scratch is null");
-  FKV_REQUIRE(params->vocab > 0 && params->ring_entries > 0, FKV_BAD_SHAPE, "fkv_sample: vocab %d and ring_entries %d must be positive",
-              params->vocab, params->ring_entries);
+  FKV_REQUIRE(cache->sampled && cache->counters, FKV_BAD_ARGUMENT,
+              "fkv_sample: sampled or counters of the cache is null");
+  FKV_REQUIRE(params->results && params->step && params->scratch, FKV_BAD_ARGUMENT,
+              "fkv_sample: results, step or scratch is null");
+  FKV_REQUIRE(params->vocab > 0 && params->ring_entries > 0, FKV_BAD_SHAPE,
+              "fkv_sample: vocab %d and ring_entries %d must be positive", params->vocab, params->ring_entries);
   return fkv::launch(stream, "fkv_sample", [cache = *cache, params = *params](fkv::Context& context) {
     context.parallel(params.n_rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) fkv::sample_row(cache, params, static_cast<int32_t>(row));

@@ -1,4 +1,5 @@
-// scratch.h: work memory of one thread, kept between operations so that no step operation allocates once it has run at its size.
+// scratch.h: work memory of one thread, kept between operations so that no step operation allocates once it has run at
+// its size.
 #pragma once
 #include <cstddef>
 #include <cstdlib>

@@ -1,5 +1,6 @@
-// tiles.h: register tiles of the matmul. A tile is some rows of x by some rows of W, each pair with its own sixteen partial sums; tiles
-// differ in shape, in how they read W and in the width of the registers that hold the sixteen (`B` bytes), never in the order of a sum.
+// tiles.h: register tiles of the matmul. A tile is some rows of x by some rows of W, each pair with its own sixteen
+// partial sums; tiles differ in shape, in how they read W and in the width of the registers that hold the sixteen (`B`
+// bytes), never in the order of a sum.
 #pragma once
 #include <algorithm>
 
@@ -47,7 +48,8 @@ FKV_INLINE void accumulate(Sums<B, W, X>& sums, int x_row, int w_row, const Sixt
 
 // W straight from its storage; rows[r] points at a row of W, x at the first of X padded rows.
 template <int B, class Rows, int W, int X>
-FKV_INLINE Sums<B, W, X> direct_tile(const typename Rows::Element* const* rows, const float* x, int64_t k, int64_t padded) {
+FKV_INLINE Sums<B, W, X> direct_tile(const typename Rows::Element* const* rows, const float* x, int64_t k,
+                                     int64_t padded) {
   Sums<B, W, X> sums{};
   const int64_t whole = k / kLanes * kLanes;
   for (int64_t at = 0; at < whole; at += kLanes) {
@@ -78,7 +80,8 @@ FKV_INLINE void fill_panel(float* panel, const typename Rows::Element* const* ro
   for (int64_t at = begin; at < end; at += kLanes, panel += kTile * kLanes) {
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
-      const Sixteen<B> v = at + kLanes <= end ? load16<B, Rows>(rows[r] + at) : load16_tail<B, Rows>(rows[r] + at, end - at);
+      const Sixteen<B> v =
+          at + kLanes <= end ? load16<B, Rows>(rows[r] + at) : load16_tail<B, Rows>(rows[r] + at, end - at);
 #pragma GCC unroll 4
       for (int i = 0; i < Sixteen<B>::n; ++i) Lanes<B>::store(panel + r * kLanes + i * Lanes<B>::n, v.part[i]);
     }
@@ -87,7 +90,8 @@ FKV_INLINE void fill_panel(float* panel, const typename Rows::Element* const* ro
 
 // Adds `steps` vectors of columns of a panel to the sums; x points at the panel's first column of the first of X rows.
 template <int B, int X>
-FKV_INLINE Sums<B, kTile, X> panel_tile(Sums<B, kTile, X> sums, const float* panel, const float* x, int64_t padded, int64_t steps) {
+FKV_INLINE Sums<B, kTile, X> panel_tile(Sums<B, kTile, X> sums, const float* panel, const float* x, int64_t padded,
+                                        int64_t steps) {
   for (int64_t s = 0; s < steps; ++s, panel += kTile * kLanes, x += kLanes) {
     Sixteen<B> ws[kTile];
 #pragma GCC unroll 4
@@ -122,29 +126,26 @@ FKV_INLINE vec sum_lanes_of_16(const Sixteen<64>* v) {
 }
 template <int B>
 FKV_INLINE float sum16(const Sixteen<B>& v) {
-  if constexpr (B == 64) return sum_lanes(v.part[0]);
-  else if constexpr (B == 32) return sum_lanes(v.part[0] + v.part[1]);
-  else return sum_lanes((v.part[0] + v.part[2]) + (v.part[1] + v.part[3]));
+  if constexpr (B == 64)
+    return sum_lanes(v.part[0]);
+  else if constexpr (B == 32)
+    return sum_lanes(v.part[0] + v.part[1]);
+  else
+    return sum_lanes((v.part[0] + v.part[2]) + (v.part[1] + v.part[3]));
 }
 
-// Bias and epilogue of outputs out0 .. out0 + width − 1 (width <= W; even for SWIGLU) of x rows row0 .. row0 + X − 1.
+// Bias and epilogue of `width` outputs from out0 on of x rows row0 .. row0 + X − 1. values: of x row i and W row r at
+// i·W + r, dense up to whole vectors.
 template <int B, int W, int X>
-FKV_INLINE void finish_tile(const Matmul& job, const Sums<B, W, X>& sums, int64_t row0, int64_t out0, int64_t width) {
+FKV_INLINE void write_outputs(const Matmul& job, float* values, int64_t row0, int64_t out0, int64_t width) {
   typedef Lanes<B> L;
-  float values[kLanes] = {};  // of x row i and W row r at i·W + r
-  static_assert(W * X <= kLanes);
-  if constexpr (B == 64 && W * X == kLanes) {
-    L::store(values, sum_lanes_of_16(&sums.at[0][0]));
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < W * X; ++i) values[i] = sum16(sums.at[i / W][i % W]);
-  }
   if (job.bias != nullptr) {
     for (int r = 0; r < width; ++r) {
       const float bias = load(job.bias, out0 + r, job.dtype);
       for (int i = 0; i < X; ++i) values[i * W + r] += bias;
     }
   }
+  float* y = job.y + row0 * job.y_stride + (job.epilogue == FKV_SWIGLU ? out0 / 2 : out0);
   if (job.epilogue == FKV_SWIGLU) {
     float silu[kLanes];
 #pragma GCC unroll 4
@@ -152,20 +153,32 @@ FKV_INLINE void finish_tile(const Matmul& job, const Sums<B, W, X>& sums, int64_
       const typename L::F v = L::load(values + i);
       L::store(silu + i, v / (1.0f + exp_lanes(-v)));
     }
-    for (int i = 0; i < X; ++i) {
-      float* y = job.y + (row0 + i) * job.y_stride + out0 / 2;
+    for (int i = 0; i < X; ++i, y += job.y_stride)
       for (int r = 0; r < width; r += 2) y[r / 2] = silu[i * W + r] * values[i * W + r + 1];
-    }
-    return;
-  }
-  for (int i = 0; i < X; ++i) {
-    float* y = job.y + (row0 + i) * job.y_stride + out0;
-    if (job.epilogue == FKV_ADD) {
+  } else if (job.epilogue == FKV_ADD) {
+    for (int i = 0; i < X; ++i, y += job.y_stride)
       for (int r = 0; r < width; ++r) y[r] += values[i * W + r];
-    } else {
+  } else {
+    for (int i = 0; i < X; ++i, y += job.y_stride)
       for (int r = 0; r < width; ++r) y[r] = values[i * W + r];
-    }
   }
+}
+
+// The end of a tile: lane sums, bias, epilogue. width <= W outputs are real (an even number for SWIGLU).
+template <int B, int W, int X>
+FKV_INLINE void finish_tile(const Matmul& job, const Sums<B, W, X>& sums, int64_t row0, int64_t out0, int64_t width) {
+  static_assert(W * X <= kLanes);
+  float values[kLanes] = {};
+  if constexpr (B == 64 && W * X == kLanes) {
+    Lanes<B>::store(values, sum_lanes_of_16(&sums.at[0][0]));
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < W * X; ++i) values[i] = sum16(sums.at[i / W][i % W]);
+  }
+  if (width == W)
+    write_outputs<B, W, X>(job, values, row0, out0, W);  // the usual case, with loops of known length
+  else
+    write_outputs<B, W, X>(job, values, row0, out0, width);
 }
 
 }  // namespace fkv
