@@ -2,8 +2,7 @@
 // Attention: a decode step over the budget, and a chunk of a prompt over everything before it.
 
 import { Device, pack } from "../lib/device.ts";
-import type { BenchOptions } from "./bench.ts";
-import type { Floors } from "./floors.ts";
+import type { BenchOptions, Floors } from "./bench.ts";
 import { Layer8b, qkvWidth, randomF32, shape } from "./layer8b.ts";
 import { deviceMs } from "./measure.ts";
 import { rated } from "./rate.ts";

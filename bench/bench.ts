@@ -1,7 +1,18 @@
 // What a bench is, and what it is given.
 
-import type { Floors } from "./floors.ts";
+import type { Spread } from "./measure.ts";
 import type { Table } from "./table.ts";
+
+/** The rates of some threads together. */
+export interface Floors {
+  readonly threads: number;
+  /** Bytes read from memory, GB/s. */
+  readonly read: Spread;
+  /** Bytes copied (each is read once and written once), GB/s. */
+  readonly copy: Spread;
+  /** Fused multiply-adds in f32, two operations each, GFLOP/s. */
+  readonly fma: Spread;
+}
 
 export interface BenchOptions {
   /** A Hugging Face folder in place of the demo model. */

@@ -1,21 +1,10 @@
 // What this machine can do at best. Kernels are judged by their share of it, measured in the same run.
 
-import type { Bench } from "./bench.ts";
+import type { Bench, Floors } from "./bench.ts";
 import { cores } from "./machine.ts";
-import { type Spread, spread } from "./measure.ts";
+import { spread } from "./measure.ts";
 import { compile } from "./native.ts";
 import type { Row } from "./table.ts";
-
-/** The rates of some threads together. */
-export interface Floors {
-  readonly threads: number;
-  /** Bytes read from memory, GB/s. */
-  readonly read: Spread;
-  /** Bytes copied (each is read once and written once), GB/s. */
-  readonly copy: Spread;
-  /** Fused multiply-adds in f32, two operations each, GFLOP/s. */
-  readonly fma: Spread;
-}
 
 /** One thread, two (what the goals are stated for) and all of them. */
 export const threadCounts: readonly number[] = [...new Set([1, 2, cores])]

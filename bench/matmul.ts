@@ -3,8 +3,7 @@
 
 import { DenseQueue, epilogue, type Linear } from "../lib/dense.ts";
 import { Device, FKV_BF16 } from "../lib/device.ts";
-import type { BenchOptions } from "./bench.ts";
-import type { Floors } from "./floors.ts";
+import type { BenchOptions, Floors } from "./bench.ts";
 import { qkvWidth, randomBf16, randomF32, shape } from "./layer8b.ts";
 import { deviceMs } from "./measure.ts";
 import { rated } from "./rate.ts";

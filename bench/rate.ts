@@ -1,6 +1,6 @@
 // A kernel's row: its time, its rate, and the share of its floor.
 
-import type { Floors } from "./floors.ts";
+import type { Floors } from "./bench.ts";
 import { spread } from "./measure.ts";
 import type { Row } from "./table.ts";
 

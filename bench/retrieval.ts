@@ -2,8 +2,7 @@
 // Select and recall at 32K tokens, with a new query each time: the three operations, and all of them as one.
 
 import { Device, Event, FKV_NOW, pack, read, size } from "../lib/device.ts";
-import type { BenchOptions } from "./bench.ts";
-import type { Floors } from "./floors.ts";
+import type { BenchOptions, Floors } from "./bench.ts";
 import { Layer8b, qkvWidth, randomF32, shape } from "./layer8b.ts";
 import { spread, sum } from "./measure.ts";
 import { rated } from "./rate.ts";

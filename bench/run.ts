@@ -8,9 +8,9 @@
 import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { parseArgs } from "node:util";
-import type { Bench } from "./bench.ts";
+import type { Bench, Floors } from "./bench.ts";
 import { ffi } from "./ffi.ts";
-import { type Floors, floors, measureFloors } from "./floors.ts";
+import { floors, measureFloors } from "./floors.ts";
 import { disturbance, origin, root } from "./machine.ts";
 import { overlap } from "./overlap.ts";
 import { start } from "./start.ts";
@@ -42,7 +42,8 @@ function parse() {
 
 const { positionals, values } = parse();
 for (const name of positionals) {
-  if (!(name in benches)) fail(`no bench "${name}"; there are: ${Object.keys(benches).join(", ")}`);
+  if (!Object.hasOwn(benches, name))
+    fail(`no bench "${name}"; there are: ${Object.keys(benches).join(", ")}`);
 }
 const names = positionals.length > 0 ? positionals : Object.keys(benches);
 const from = origin();
@@ -50,23 +51,35 @@ let measured: Floors[] | undefined;
 const collected: Row[] = [];
 
 for (const name of names) {
-  const bench = benches[name] as Bench;
+  try {
+    await runOne(name, benches[name] as Bench);
+  } catch (error) {
+    // One that cannot run here does not keep the others from it.
+    process.stderr.write(`bench: ${name}: ${(error as Error).message}\n`);
+    process.exitCode = 1;
+  }
+}
+if (values.out !== undefined) save(values.out, collected);
+
+async function runOne(name: string, bench: Bench): Promise<void> {
   const began = performance.now();
-  const say = (text: string): void => {
-    if (process.stderr.isTTY) process.stderr.write(`bench: ${name}: ${text}\n`);
-  };
   const disturbed = await disturbance();
   const table = await bench.run({
     model: values.model,
     cold: values.cold,
-    floors: () => (measured ??= measureFloors()),
-    say,
+    floors() {
+      measured ??= measureFloors();
+      return measured;
+    },
+    say(text) {
+      if (process.stderr.isTTY) process.stderr.write(`bench: ${name}: ${text}\n`);
+    },
   });
   const rows = table.rows.map((row) => ({ ...from, bench: name, ...row }));
-  const seconds = ((performance.now() - began) / 1000).toFixed(1);
-  const notes = [...(table.notes ?? []), ...(disturbed === undefined ? [] : [disturbed])];
   if (values.json) for (const row of rows) console.log(JSON.stringify(row));
   else {
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    const notes = [...(table.notes ?? []), ...(disturbed === undefined ? [] : [disturbed])];
     console.log(`## ${bench.title}\n\n${markdown({ rows: table.rows, notes })}\n`);
     console.log(`${from.machine} · commit ${from.commit} · ${from.date} · ${seconds} s\n`);
   }
@@ -74,7 +87,6 @@ for (const name of names) {
   if (values.out === undefined) save(join(root, "bench", "results", `${name}-cpu.csv`), rows);
   else collected.push(...rows);
 }
-if (values.out !== undefined) save(values.out, collected);
 
 function save(file: string, rows: readonly Row[]): void {
   mkdirSync(dirname(file), { recursive: true });

@@ -98,7 +98,7 @@ export class Batch implements Disposable {
     run.waiting = null;
     run.owed = owed;
     if (!run.behind) this.#runs.delete(run);
-    if (run.complete) return;
+    if (run.complete || this.#failure) return; // a device that failed completes nothing
     run.drained = deferred();
     const { promise } = run.drained;
     void this.#pump();

@@ -98,7 +98,8 @@ async function buildJs(): Promise<void> {
   if (built && existsSync(stamp) && readFileSync(stamp, "utf8") === key) return;
 
   // Aside first: a file that was removed from lib/ must not live on in the package, and a failed build costs nothing.
-  const aside = join(root, ".cache", `js.${process.pid}.tmp`);
+  // Beside dist, because the maps name their sources by paths from here.
+  const aside = join(root, `dist.${process.pid}.tmp`);
   try {
     const words = ["node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json", "--outDir", aside];
     const tsc = Bun.spawn([process.execPath, ...words], { cwd: root, stdio: ["ignore", "inherit", "inherit"] });

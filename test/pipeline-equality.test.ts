@@ -4,7 +4,18 @@ import { test } from "node:test";
 import { assertEquals, assertGreater, assertLess } from "@std/assert";
 import type { Engine } from "../lib/engine.ts";
 import type { EngineOptions, PolicyOptions } from "../lib/types.ts";
-import { checkpoint, distance, generate, k, load, score, scoreFrom, timeout, tokens, type Trace } from "./pipeline.ts";
+import {
+  checkpoint,
+  distance,
+  generate,
+  k,
+  load,
+  score,
+  scoreFrom,
+  type Trace,
+  timeout,
+  tokens,
+} from "./pipeline.ts";
 
 const dir = checkpoint();
 const ids = tokens(500 + 45); // the decoded part completes pages and pushes others out of the window
@@ -44,7 +55,9 @@ async function tracesOf(options: EngineOptions): Promise<Traces> {
 let expected: Traces | undefined;
 const baseline = async (): Promise<Traces> => (expected ??= await tracesOf({ orchestration: "captured" }));
 
-test("the policies really differ: no two give the same numbers but those that must", { timeout }, async () => {
+test("the policies really differ: no two give the same numbers but those that must", {
+  timeout,
+}, async () => {
   const found = await baseline();
   const same = [
     ["retrieve", "quest", "exact"],
@@ -53,7 +66,8 @@ test("the policies really differ: no two give the same numbers but those that mu
   for (const [a, one] of Object.entries(found)) {
     for (const [b, other] of Object.entries(found)) {
       if (a === b) continue;
-      if (same.some((names) => names.includes(a) && names.includes(b))) assertEquals(one, other, `${a}, ${b}`);
+      if (same.some((names) => names.includes(a) && names.includes(b)))
+        assertEquals(one, other, `${a}, ${b}`);
       else assertGreater(distance(one.scored, other.scored), 0.1, `${a} and ${b}`);
     }
   }
@@ -78,7 +92,9 @@ const engines: Record<string, EngineOptions> = {
   "a slow link": { twin: { linkBytesPerSecond: 2e9 } },
   "one compute thread": { twin: { threads: 1 } },
   ...Object.fromEntries(
-    [1, 3, 4].map((n) => [`${n} staging buffers`, { recall: "staged", stagingBuffers: n, slots: k }] as const),
+    [1, 3, 4].map(
+      (n) => [`${n} staging buffers`, { recall: "staged", stagingBuffers: n, slots: k }] as const,
+    ),
   ),
 };
 
@@ -89,9 +105,15 @@ for (const [name, options] of Object.entries(engines)) {
 }
 
 for (const kvDtype of ["bf16", "f16"] as const) {
-  test(`${kvDtype} pages: captured, host, staged and fragmented agree, and are near f32`, { timeout }, async () => {
+  test(`${kvDtype} pages: captured, host, staged and fragmented agree, and are near f32`, {
+    timeout,
+  }, async () => {
     const found = await tracesOf({ kvDtype });
-    for (const options of [{ orchestration: "host" }, { recall: "staged", layout: "nhd" }, { recall: "fragmented" }] as const)
+    for (const options of [
+      { orchestration: "host" },
+      { recall: "staged", layout: "nhd" },
+      { recall: "fragmented" },
+    ] as const)
       assertEquals(await tracesOf({ kvDtype, ...options }), found);
     const { full } = await baseline();
     const gap = distance((found.full as Traces[string]).scored, (full as Traces[string]).scored);
@@ -101,13 +123,18 @@ for (const kvDtype of ["bf16", "f16"] as const) {
 }
 
 for (const options of [{ digest: "arkvale" }, { estimate: "paper-speed" }] as const) {
-  test(`${JSON.stringify(options)} selects other pages, the same ones in both orchestrations`, { timeout }, async () => {
+  test(`${JSON.stringify(options)} selects other pages, the same ones in both orchestrations`, {
+    timeout,
+  }, async () => {
     const found = await tracesOf({ ...options, orchestration: "captured" });
     assertEquals(await tracesOf({ ...options, recall: "staged" }), found);
     const before = await baseline();
     assertEquals(found.full, before.full);
     assertEquals(found.streaming, before.streaming);
-    assertGreater(distance((found.retrieve as Traces[string]).scored, (before.retrieve as Traces[string]).scored), 0.01);
+    assertGreater(
+      distance((found.retrieve as Traces[string]).scored, (before.retrieve as Traces[string]).scored),
+      0.01,
+    );
   });
 }
 
@@ -116,11 +143,18 @@ for (const shape of [
   { arch: "qwen2", heads: 5, kvHeads: 5, headDim: 16, layers: 1 },
   { arch: "qwen3", heads: 6, kvHeads: 2, headDim: 24, layers: 4, tied: false },
 ] as const) {
-  test(`${shape.arch}, ${shape.heads} heads on ${shape.kvHeads}: orchestrations and paths agree`, { timeout }, async () => {
+  test(`${shape.arch}, ${shape.heads} heads on ${shape.kvHeads}: orchestrations and paths agree`, {
+    timeout,
+  }, async () => {
     const other = checkpoint(shape);
     for (const policy of ["retrieve", "freekv"] as const) {
       const runs: Trace[] = [];
-      for (const options of [{}, { orchestration: "host" }, { recall: "staged" }, { recall: "fragmented", layout: "nhd" }] as const) {
+      for (const options of [
+        {},
+        { orchestration: "host" },
+        { recall: "staged" },
+        { recall: "fragmented", layout: "nhd" },
+      ] as const) {
         await using engine = await load(other, { ...options, tau: 0 });
         runs.push(await scoreFrom(engine, ids, prompt, { policy }));
       }
@@ -133,7 +167,12 @@ for (const pageSize of [32, 64] as const) {
   test(`pages of ${pageSize}: orchestrations and paths agree`, { timeout }, async () => {
     const sizes = { pageSize, sink: 0, window: pageSize, budget: 3 * pageSize, tau: 0 };
     const runs: Trace[] = [];
-    for (const options of [{}, { orchestration: "host" }, { recall: "staged" }, { recall: "fragmented" }] as const) {
+    for (const options of [
+      {},
+      { orchestration: "host" },
+      { recall: "staged" },
+      { recall: "fragmented" },
+    ] as const) {
       await using engine = await load(dir, { ...options, ...sizes });
       runs.push(await scoreFrom(engine, ids, 400));
     }

@@ -1,7 +1,14 @@
 // Generating: what is drawn, when it ends, and what the sequence holds afterwards.
 
 import { test } from "node:test";
-import { assert, assertAlmostEquals, assertEquals, assertGreater, assertNotEquals, assertRejects } from "@std/assert";
+import {
+  assert,
+  assertAlmostEquals,
+  assertEquals,
+  assertGreater,
+  assertNotEquals,
+  assertRejects,
+} from "@std/assert";
 import type { Engine } from "../lib/engine.ts";
 import { FreeKVError } from "../lib/errors.ts";
 import type { Sequence } from "../lib/sequence.ts";
@@ -28,10 +35,13 @@ async function take(sequence: Sequence, n: number, options: GenerateOptions = dr
   return found;
 }
 
-const completed = (sequence: Sequence, options: GenerateOptions) => sequence.generate({ ...drawn, ...options }).result();
+const completed = (sequence: Sequence, options: GenerateOptions) =>
+  sequence.generate({ ...drawn, ...options }).result();
 
 for (const [name, options] of Object.entries(engines)) {
-  test(`${name}: a generation in pieces gives the tokens of one that is not interrupted`, { timeout }, async () => {
+  test(`${name}: a generation in pieces gives the tokens of one that is not interrupted`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, options);
     using parent = await engine.prefill(ids.slice(0, 390));
     using whole = parent.fork();
@@ -67,7 +77,11 @@ for (const [name, options] of Object.entries(engines)) {
       const found: number[] = [];
       if (n === 0) setTimeout(() => controller.abort(reason), 0);
       const error = await assertRejects(async () => {
-        for await (const { id } of sequence.generate({ ...drawn, maxTokens: 1e6, signal: controller.signal })) {
+        for await (const { id } of sequence.generate({
+          ...drawn,
+          maxTokens: 1e6,
+          signal: controller.signal,
+        })) {
           found.push(id);
           if (found.length === n) controller.abort(reason);
         }
@@ -82,7 +96,9 @@ for (const [name, options] of Object.entries(engines)) {
     }
   });
 
-  test(`${name}: many generations that start, break and go on at different times hold what they yielded`, { timeout }, async () => {
+  test(`${name}: many generations that start, break and go on at different times hold what they yielded`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { ...options, maxSequences: 16 });
     const alone = async (seed: number): Promise<number[]> => {
       using sequence = await engine.prefill(ids.slice(0, 300 + seed));
@@ -128,7 +144,12 @@ test("draws depend on seed and position alone; temperature 0 is greedy", { timeo
   const one = await run({ seed: 1 });
   assertNotEquals(one, greedy);
   assertNotEquals(await run({ seed: 2 }), one);
-  const together = await Promise.all([run({ seed: 2 }), run({ temperature: 0 }), run({ seed: 1 }), run({ seed: 1, temperature: 3 })]);
+  const together = await Promise.all([
+    run({ seed: 2 }),
+    run({ temperature: 0 }),
+    run({ seed: 1 }),
+    run({ seed: 1, temperature: 3 }),
+  ]);
   assertEquals(together[2], one);
   assertEquals(together[1], greedy);
   assertNotEquals(together[3], one);
@@ -141,14 +162,18 @@ test("logprobs: of the drawn token, and of the most probable ones in order", { t
   for await (const { id, logprob, top } of sequence.generate({ ...drawn, maxTokens: 8, logprobs: 5 })) {
     assertEquals(top?.length, 5);
     const values = (top ?? []).map((each) => each.logprob);
-    assertEquals(values, values.toSorted((a, b) => b - a));
+    assertEquals(
+      values,
+      values.toSorted((a, b) => b - a),
+    );
     assert(logprob !== undefined && logprob <= (values[0] as number));
     assertEquals(logprob, top?.find((each) => each.id === id)?.logprob ?? logprob);
     assert(values.reduce((sum, value) => sum + Math.exp(value), 0) <= 1 + 1e-5);
     n++;
   }
   assertEquals(n, 8);
-  for await (const token of sequence.generate({ ...drawn, maxTokens: 1 })) assertEquals(Object.keys(token), ["id", "text"]);
+  for await (const token of sequence.generate({ ...drawn, maxTokens: 1 }))
+    assertEquals(Object.keys(token), ["id", "text"]);
 });
 
 test("it ends by length, at a stop token, at EOS, and where the context is full", { timeout }, async () => {
@@ -169,7 +194,10 @@ test("it ends by length, at a stop token, at EOS, and where the context is full"
   const last = whole.tokens[9] as number;
   const stopped = await completed(c, { stopTokens: Int32Array.of(last) });
   const at = whole.tokens.indexOf(last) + 1;
-  assertEquals([stopped.finishReason, stopped.tokens, c.length], ["stop", whole.tokens.slice(0, at), 380 + at]);
+  assertEquals(
+    [stopped.finishReason, stopped.tokens, c.length],
+    ["stop", whole.tokens.slice(0, at), 380 + at],
+  );
 
   const ending = checkpoint({ config: { eos_token_id: [last, 1] } });
   await using other = await load(ending);

@@ -5,7 +5,17 @@ import { assert, assertEquals, assertGreater, assertMatch, assertRejects, assert
 import { Engine, loadCore } from "../lib/engine.ts";
 import { type ErrorCode, FreeKVError } from "../lib/errors.ts";
 import type { EngineOptions } from "../lib/types.ts";
-import { checkpoint, generate, load, score, scoreFrom, small, timeout, tokens } from "./pipeline.ts";
+import {
+  checkpoint,
+  generate,
+  load,
+  loadWithout,
+  score,
+  scoreFrom,
+  small,
+  timeout,
+  tokens,
+} from "./pipeline.ts";
 
 const dir = checkpoint();
 const ids = tokens(900);
@@ -23,9 +33,13 @@ const drain = async (stream: AsyncIterable<unknown>): Promise<void> => {
 };
 
 test("bad options are refused by name, before anything is loaded", { timeout }, async () => {
+  // The library is not looked for: there is none at that path.
   for (const [options, text] of [
     [{ bugdet: 128 }, /bugdet/],
-    [{ budget: 80, sink: 32, window: 48 }, /budget 80 is smaller than sink 32 \+ window 48 \+ one page of 16; raise --budget to at least 96/],
+    [
+      { budget: 80, sink: 32, window: 48 },
+      /budget 80 is smaller than sink 32 \+ window 48 \+ one page of 16; raise --budget to at least 96/,
+    ],
     [{ budget: 100 }, /budget 100 is not a multiple of the page size 16/],
     [{ window: 0 }, /window must be 1 or more/],
     [{ tau: 1.5 }, /tau must be at most 1/],
@@ -38,18 +52,25 @@ test("bad options are refused by name, before anything is loaded", { timeout }, 
     [{ twin: { sheduleSeed: 1 } }, /sheduleSeed/],
     [{ device: "gpu" }, /device must be auto, cpu, cuda or cuda:N/],
   ] as [EngineOptions, RegExp][])
-    // The library is not looked for: there is none at that path.
-    await refused("BAD_ARGUMENT", text, () => Engine.load(dir, { ...small, libraryPath: "/nowhere/libfreekv.so", ...options }));
+    await refused("BAD_ARGUMENT", text, () =>
+      Engine.load(dir, { ...small, libraryPath: "/nowhere/libfreekv.so", ...options }),
+    );
 
   await using engine = await load(dir);
   await refused("BAD_ARGUMENT", /polcy/, () => engine.prefill(ids.slice(0, 9), { polcy: "full" } as object));
-  await refused("BAD_ARGUMENT", /pageSize/, () => engine.prefill(ids.slice(0, 9), { pageSize: 32 } as object));
+  await refused("BAD_ARGUMENT", /pageSize/, () =>
+    engine.prefill(ids.slice(0, 9), { pageSize: 32 } as object),
+  );
   using sequence = await engine.prefill(ids.slice(0, 9));
-  await refused("BAD_ARGUMENT", /maxTokens must be 1 or more/, () => drain(sequence.generate({ maxTokens: 0 })));
+  await refused("BAD_ARGUMENT", /maxTokens must be 1 or more/, () =>
+    drain(sequence.generate({ maxTokens: 0 })),
+  );
   await refused("BAD_ARGUMENT", /topP must be above 0/, () => drain(sequence.generate({ topP: 0 })));
   await refused("BAD_ARGUMENT", /minP/, () => drain(sequence.generate({ minP: 0.1 } as object)));
   await refused("BAD_ARGUMENT", /the prompt has no tokens/, () => sequence.append([]));
-  await refused("BAD_ARGUMENT", /token 1 of the prompt is 96; the vocabulary has ids 0 to 95/, () => sequence.append([5, 96]));
+  await refused("BAD_ARGUMENT", /token 1 of the prompt is 96; the vocabulary has ids 0 to 95/, () =>
+    sequence.append([5, 96]),
+  );
   await refused("BAD_ARGUMENT", /token 0 of the prompt is 1\.5/, () => drain(sequence.score([1.5, 2])));
   await refused("BAD_ARGUMENT", /budget 64 is smaller/, () => sequence.fork({ budget: 64 }));
   for (const length of [0, 10, 2.5, Number.NaN])
@@ -60,7 +81,9 @@ test("bad options are refused by name, before anything is loaded", { timeout }, 
 
 test("a context that is too long is refused before it begins", { timeout }, async () => {
   await using engine = await load(dir, { maxContext: 100 });
-  await refused("CONTEXT_TOO_LONG", /101 tokens do not fit the context of 100/, () => engine.prefill(ids.slice(0, 101)));
+  await refused("CONTEXT_TOO_LONG", /101 tokens do not fit the context of 100/, () =>
+    engine.prefill(ids.slice(0, 101)),
+  );
   using sequence = await engine.prefill(ids.slice(0, 90));
   await refused("CONTEXT_TOO_LONG", /102 tokens do not fit/, () => sequence.append(ids.slice(0, 12)));
   await refused("CONTEXT_TOO_LONG", /101 tokens do not fit/, () => drain(sequence.score(ids.slice(0, 11))));
@@ -81,7 +104,9 @@ for (const orchestration of orchestrations) {
       await refused("BUSY", /still running/, () => drain(sequence.score([5, 6])));
       await refused("BUSY", /still running/, () => sequence.fork());
       await refused("BUSY", /still running/, () => sequence.truncate(3));
-      await refused("BUSY", /generate\(\) while the sequence is still running/, () => drain(sequence.generate()));
+      await refused("BUSY", /generate\(\) while the sequence is still running/, () =>
+        drain(sequence.generate()),
+      );
     }
     assertEquals(asked, expected.logprobs.length);
     sequence.truncate(300);
@@ -92,14 +117,18 @@ for (const orchestration of orchestrations) {
 
     using second = sequence.fork();
     assertEquals(second.length, 340);
-    await refused("BUSY", /all 2 sequences are alive; dispose one or raise maxSequences/, () => engine.prefill([5]));
+    await refused("BUSY", /all 2 sequences are alive; dispose one or raise maxSequences/, () =>
+      engine.prefill([5]),
+    );
     await refused("BUSY", /all 2/, () => sequence.fork());
     await refused("BUSY", /all 2/, () => engine.generate([5]).text());
     second[Symbol.dispose]();
     assertEquals(await scoreFrom(engine, ids.slice(0, 340), 300), expected);
   });
 
-  test(`${orchestration}: a host pool that is exhausted names the way out and leaves everything as it was`, { timeout }, async () => {
+  test(`${orchestration}: a host pool that is exhausted names the way out and leaves everything as it was`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { orchestration, hostBytes: 40 * blockBytes + 100, tau: 0 });
     const message = /^host pool exhausted at \d+ of 40 pages; raise --host-bytes or shorten the context$/;
     const expected = await scoreFrom(engine, ids.slice(0, 330), 300);
@@ -114,7 +143,10 @@ for (const orchestration of orchestrations) {
     using fork = sequence.fork();
     await refused("OUT_OF_MEMORY", message, () => sequence.fork());
     assertEquals(engine.stats().sequences, 3);
-    for (const run of [() => score(sequence, ids.slice(300, 330)), () => generate(sequence, { maxTokens: 20 })])
+    for (const run of [
+      () => score(sequence, ids.slice(300, 330)),
+      () => generate(sequence, { maxTokens: 20 }),
+    ])
       await refused("OUT_OF_MEMORY", message, run);
     const { length } = sequence; // what fits the page that is begun
     assert(length > 300 && length <= 304, `${length}`);
@@ -149,7 +181,8 @@ for (const orchestration of orchestrations) {
     const controller = new AbortController();
     let n = 0;
     const error = await assertRejects(async () => {
-      for await (const _ of sequence.score(ids.slice(300, 400), { signal: controller.signal })) if (++n === 7) controller.abort(reason);
+      for await (const _ of sequence.score(ids.slice(300, 400), { signal: controller.signal }))
+        if (++n === 7) controller.abort(reason);
     });
     assert(error === reason);
     assertEquals(n, 7);
@@ -176,14 +209,20 @@ for (const orchestration of orchestrations) {
     assertEquals(await score(sequence, ids.slice(300, 330)), await scoreFrom(engine, ids.slice(0, 330), 300));
   });
 
-  test(`${orchestration}: what is disposed while it runs says so, and disturbs nobody`, { timeout }, async () => {
+  test(`${orchestration}: what is disposed while it runs says so, and disturbs nobody`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { orchestration, maxSequences: 3, tau: 0 });
     const expected = await scoreFrom(engine, ids.slice(0, 360), 300);
     for (const run of ["score", "generate", "append"] as const) {
       const gone = await engine.prefill(ids.slice(200, 500));
       const neighbour = scoreFrom(engine, ids.slice(0, 360), 300);
       const running =
-        run === "score" ? score(gone, ids.slice(0, 100)) : run === "append" ? gone.append(ids) : generate(gone, { maxTokens: 99 });
+        run === "score"
+          ? score(gone, ids.slice(0, 100))
+          : run === "append"
+            ? gone.append(ids)
+            : generate(gone, { maxTokens: 99 });
       const failing = refused("DISPOSED", /disposed/, () => running);
       for (let turn = 0; turn < 3; turn++) await new Promise((resolve) => setImmediate(resolve));
       gone[Symbol.dispose]();
@@ -203,8 +242,15 @@ test("an engine that is disposed ends what runs, and says so", { timeout }, asyn
   for (const options of [{}, { orchestration: "host" }, { recall: "staged" }] as EngineOptions[]) {
     const engine = await load(dir, options);
     const sequence = await engine.prefill(ids.slice(0, 300));
-    const outcomes = [score(sequence, ids.slice(0, 200)), engine.prefill(ids), engine.generate(ids, { ignoreEos: true }).text()].map(
-      (promise) => promise.then(() => "done", (error: unknown) => (error instanceof FreeKVError ? error.code : String(error))),
+    const outcomes = [
+      score(sequence, ids.slice(0, 200)),
+      engine.prefill(ids),
+      engine.generate(ids, { ignoreEos: true }).text(),
+    ].map((promise) =>
+      promise.then(
+        () => "done",
+        (error: unknown) => (error instanceof FreeKVError ? error.code : String(error)),
+      ),
     );
     await new Promise((resolve) => setImmediate(resolve));
     await engine[Symbol.asyncDispose]();
@@ -214,6 +260,24 @@ test("an engine that is disposed ends what runs, and says so", { timeout }, asyn
     await refused("DISPOSED", /disposed/, () => sequence.append([5]));
     await refused("DISPOSED", /disposed/, () => engine.prefill([5]));
     sequence[Symbol.dispose]();
+  }
+});
+
+test("what fails on the device reaches the caller, and the engine can still be disposed", {
+  timeout,
+}, async () => {
+  // Without this wait a conversion may come before its entries were written, which the twin refuses.
+  for (let scheduleSeed = 1; ; scheduleSeed++) {
+    const engine = await loadWithout(dir, "convert-after-fill", { recall: "staged", twin: { scheduleSeed } });
+    const { code } = await scoreFrom(engine, ids.slice(0, 330), 300).then(
+      () => ({ code: "none" }),
+      (error: FreeKVError) => error,
+    );
+    if (code === "DEVICE_FAILED")
+      await refused("DEVICE_FAILED", /dispose it and open it again/, () => engine.prefill(ids));
+    await engine[Symbol.asyncDispose]();
+    if (code === "DEVICE_FAILED") return;
+    assert(scheduleSeed < 50);
   }
 });
 

@@ -1,7 +1,14 @@
 // What each policy attends to, seen from outside: in the numbers and in the counts.
 
 import { test } from "node:test";
-import { assert, assertEquals, assertGreater, assertLess, assertNotEquals, assertStrictEquals } from "@std/assert";
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLess,
+  assertNotEquals,
+  assertStrictEquals,
+} from "@std/assert";
 import type { EngineOptions, PolicyOptions } from "../lib/types.ts";
 import { checkpoint, distance, k, load, score, scoreFrom, timeout, tokens } from "./pipeline.ts";
 
@@ -10,7 +17,9 @@ const ids = tokens(540);
 const orchestrations = ["captured", "host"] as const;
 
 for (const orchestration of orchestrations) {
-  test(`${orchestration}: a budget of at least the context equals full, also while pages leave the window`, { timeout }, async () => {
+  test(`${orchestration}: a budget of at least the context equals full, also while pages leave the window`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { orchestration });
     const budget = 37 * 16; // one page more than 540 tokens have
     const full = await scoreFrom(engine, ids, 440, { policy: "full" });
@@ -26,27 +35,41 @@ for (const orchestration of orchestrations) {
       assertEquals(await scoreFrom(engine, ids.slice(0, 70), 20, { policy }), short);
   });
 
-  test(`${orchestration}: a selection that grows from nothing while the sequence does`, { timeout }, async () => {
+  test(`${orchestration}: a selection that grows from nothing while the sequence does`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { orchestration });
     const retrieve = await scoreFrom(engine, ids.slice(0, 300), 5, { policy: "retrieve" });
     assertEquals(await scoreFrom(engine, ids.slice(0, 300), 5, { policy: "quest" }), retrieve);
     assertEquals(await scoreFrom(engine, ids.slice(0, 300), 5, { correction: "exact" }), retrieve);
     assertEquals(await scoreFrom(engine, ids.slice(0, 300), 5, { tau: 1, prefetch: 2 }), retrieve);
-    assertGreater(distance(await scoreFrom(engine, ids.slice(0, 300), 5, { correction: "off" }), retrieve), 0.1);
+    assertGreater(
+      distance(await scoreFrom(engine, ids.slice(0, 300), 5, { correction: "off" }), retrieve),
+      0.1,
+    );
   });
 }
 
 test("neither speculation, prefetch nor slots change what is attended", { timeout }, async () => {
   const wanted = new Map<string, unknown>();
   for (const options of [
-    {}, { slots: k }, { slots: 4 * k }, { orchestration: "host" }, { recall: "staged" }, { recall: "fragmented", slots: k },
+    {},
+    { slots: k },
+    { slots: 4 * k },
+    { orchestration: "host" },
+    { recall: "staged" },
+    { recall: "fragmented", slots: k },
   ] as EngineOptions[]) {
     await using engine = await load(dir, options);
     for (const correction of ["threshold", "off", "exact"] as const) {
       for (const o of [{}, { speculate: false }, { prefetch: 2 }, { prefetch: 8 }] as PolicyOptions[]) {
         const found = await scoreFrom(engine, ids, 497, { correction, tau: [0.2, 0, -0.1], ...o });
         if (!wanted.has(correction)) wanted.set(correction, found);
-        assertEquals(found, wanted.get(correction), `${JSON.stringify(options)} ${correction} ${JSON.stringify(o)}`);
+        assertEquals(
+          found,
+          wanted.get(correction),
+          `${JSON.stringify(options)} ${correction} ${JSON.stringify(o)}`,
+        );
       }
     }
   }
@@ -54,7 +77,9 @@ test("neither speculation, prefetch nor slots change what is attended", { timeou
   assertNotEquals(wanted.get("threshold"), wanted.get("exact"));
 });
 
-test("tau decides: 1 flags every head and equals exact, -1 flags none and equals off", { timeout }, async () => {
+test("tau decides: 1 flags every head and equals exact, -1 flags none and equals off", {
+  timeout,
+}, async () => {
   await using engine = await load(dir);
   const stats = async (policy: PolicyOptions) => {
     using sequence = await engine.prefill(ids.slice(0, 500), policy);
@@ -114,7 +139,9 @@ test("what a policy does not have is null in its stats", { timeout }, async () =
     using sequence = await engine.prefill(ids.slice(0, 500), { policy });
     await score(sequence, ids.slice(500));
     const stats = sequence.stats();
-    nulls[policy] = ["hitRate", "correctedShare", "stallMs"].filter((key) => stats[key as "hitRate"] === null);
+    nulls[policy] = ["hitRate", "correctedShare", "stallMs"].filter(
+      (key) => stats[key as "hitRate"] === null,
+    );
     bytes[policy] = stats.deviceKvBytes;
     assertStrictEquals(stats.tpotMs, null); // nothing was generated
     const recalls = policy === "retrieve" || policy === "freekv";

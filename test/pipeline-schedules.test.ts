@@ -2,9 +2,9 @@
 // takes part.
 
 import { test } from "node:test";
-import { assertEquals, assertGreater, assertNotEquals } from "@std/assert";
+import { assertEquals } from "@std/assert";
 import type { EngineOptions, PolicyOptions } from "../lib/types.ts";
-import { checkpoint, generate, k, load, score, timeout, tokens, type Trace } from "./pipeline.ts";
+import { checkpoint, generate, k, load, score, scoreFrom, type Trace, timeout, tokens } from "./pipeline.ts";
 
 const dir = checkpoint();
 const ids = tokens(440);
@@ -29,7 +29,10 @@ async function batch(options: EngineOptions): Promise<Trace[]> {
       using sequence = parent.fork(policy);
       const scored = await score(sequence, ids.slice(396, 398 + (i % 3)));
       const generated = await generate(sequence, { maxTokens: 12 - i, temperature: 1, seed: 5 });
-      return { logprobs: [...scored.logprobs, ...generated.logprobs], argmax: [...scored.argmax, ...generated.argmax] };
+      return {
+        logprobs: [...scored.logprobs, ...generated.logprobs],
+        argmax: [...scored.argmax, ...generated.argmax],
+      };
     }),
   );
 }
@@ -41,10 +44,49 @@ for (const options of [
   { recall: "fragmented" },
 ] as const) {
   const name = Object.values(options)[0];
-  test(`${name}: ${seeds} schedules of a batch of every policy give the same tokens`, { timeout }, async () => {
+  test(`${name}: ${seeds} schedules of a batch of every policy give the same tokens`, {
+    timeout,
+  }, async () => {
     const expected = await batch(options);
     assertEquals(new Set(expected.map((trace) => JSON.stringify(trace))).size, policies.length);
     for (let scheduleSeed = 1; scheduleSeed <= seeds; scheduleSeed++)
       assertEquals(await batch({ ...options, twin: { scheduleSeed } }), expected, `seed ${scheduleSeed}`);
+  });
+}
+
+for (const options of [{ orchestration: "captured" }, { recall: "staged", prefillKv: "host" }] as const) {
+  const name = Object.values(options).join(", ");
+  test(`${name}: prompts, forks and cuts beside decoding, under 20 schedules`, { timeout }, async () => {
+    const prompt = tokens(1060, 9); // three chunks
+    const disturbed = async (twin: EngineOptions["twin"]): Promise<Trace[]> => {
+      await using engine = await load(dir, { ...options, tau: 0, twin });
+      using parent = await engine.prefill(ids.slice(0, 380), { policy: "full" });
+      using cut = parent.fork({ policy: "retrieve" });
+      using busy = parent.fork({ policy: "freekv" });
+      let chunks = 0;
+      const onProgress = ({ done, total }: { done: number; total: number }): void => {
+        if (done < total) cut.truncate(300 - 17 * chunks++);
+      };
+      const [long, decoded, generated] = await Promise.all([
+        engine.prefill(prompt, { onProgress, policy: "quest" }),
+        score(busy, ids.slice(380, 430)),
+        generate(parent, { maxTokens: 30, temperature: 1 }),
+      ]);
+      using sequence = long;
+      assertEquals([chunks, cut.length], [2, 283]);
+      const after = await Promise.all([score(sequence, ids.slice(0, 12)), score(cut, ids.slice(0, 30))]);
+      return [decoded, generated, ...after];
+    };
+    await using engine = await load(dir, { tau: 0 });
+    const expected = await disturbed(undefined);
+    assertEquals(expected[0], await scoreFrom(engine, ids.slice(0, 430), 380));
+    assertEquals(
+      expected[2],
+      await scoreFrom(engine, [...prompt, ...ids.slice(0, 12)], 1060, { policy: "quest" }),
+    );
+    const cut = [...ids.slice(0, 283), ...ids.slice(0, 30)];
+    assertEquals(expected[3], await scoreFrom(engine, cut, 283, { policy: "retrieve" }));
+    for (let scheduleSeed = 1; scheduleSeed <= 20; scheduleSeed++)
+      assertEquals(await disturbed({ scheduleSeed }), expected, `seed ${scheduleSeed}`);
   });
 }

@@ -4,7 +4,7 @@ import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertNotEquals } from "@std/assert";
 import type { Engine } from "../lib/engine.ts";
 import type { EngineOptions, PolicyOptions } from "../lib/types.ts";
-import { checkpoint, generate, k, load, score, scoreFrom, timeout, tokens, type Trace } from "./pipeline.ts";
+import { checkpoint, generate, k, load, score, scoreFrom, type Trace, timeout, tokens } from "./pipeline.ts";
 
 const dir = checkpoint();
 const ids = tokens(1200);
@@ -27,7 +27,11 @@ const policies: PolicyOptions[] = [
 
 for (const [name, options] of Object.entries(engines)) {
   test(`${name}: a ragged batch equals each sequence alone`, { timeout }, async () => {
-    const jobs = policies.map((policy, i) => ({ policy, prompt: ids.slice(40 * i, 40 * i + 90 + 83 * i), n: 12 + 7 * i }));
+    const jobs = policies.map((policy, i) => ({
+      policy,
+      prompt: ids.slice(40 * i, 40 * i + 90 + 83 * i),
+      n: 12 + 7 * i,
+    }));
     const run = async (engine: Engine, { policy, prompt, n }: (typeof jobs)[0]): Promise<Trace> => {
       using sequence = await engine.prefill(prompt, policy);
       return await generate(sequence, { maxTokens: n, temperature: 1, seed: n });
@@ -37,10 +41,15 @@ for (const [name, options] of Object.entries(engines)) {
     for (const [i, job] of jobs.entries()) assertEquals(await run(engine, job), together[i], `job ${i}`);
     const again = await Promise.all(jobs.toReversed().map((job) => run(engine, job)));
     assertEquals(again.toReversed(), together);
-    assertEquals(together.map(({ argmax }) => argmax.length), jobs.map(({ n }) => n));
+    assertEquals(
+      together.map(({ argmax }) => argmax.length),
+      jobs.map(({ n }) => n),
+    );
   });
 
-  test(`${name}: a used engine says what a fresh one says, on a slot that had other owners`, { timeout }, async () => {
+  test(`${name}: a used engine says what a fresh one says, on a slot that had other owners`, {
+    timeout,
+  }, async () => {
     const policy = { tau: 0.1 };
     await using fresh = await load(dir, { ...options, maxSequences: 1 });
     const expected = await scoreFrom(fresh, ids.slice(0, 460), 420, policy);
@@ -56,7 +65,9 @@ for (const [name, options] of Object.entries(engines)) {
     assertEquals(await scoreFrom(used, ids.slice(0, 460), 420, policy), expected);
   });
 
-  test(`${name}: a row that ends leaves the others as they were, and so does its lane's next owner`, { timeout }, async () => {
+  test(`${name}: a row that ends leaves the others as they were, and so does its lane's next owner`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { ...options, maxSequences: 3, tau: 0 });
     const long = async (): Promise<Trace> => await scoreFrom(engine, ids.slice(0, 500), 410);
     const expected = await long();
@@ -67,7 +78,9 @@ for (const [name, options] of Object.entries(engines)) {
     assertEquals(found, expected);
   });
 
-  test(`${name}: fork and append equal one prefill of the whole, whatever the pieces`, { timeout }, async () => {
+  test(`${name}: fork and append equal one prefill of the whole, whatever the pieces`, {
+    timeout,
+  }, async () => {
     await using engine = await load(dir, { ...options, tau: 0 });
     const expected = await scoreFrom(engine, ids.slice(0, 640), 600);
     for (const cuts of [[1, 599], [16, 17, 580], [511, 512, 513], [300, 599], [560]]) {
@@ -103,7 +116,15 @@ for (const [name, options] of Object.entries(engines)) {
 
   test(`${name}: truncate equals a prefill of what is kept`, { timeout }, async () => {
     await using engine = await load(dir, { ...options, tau: 0 });
-    for (const [prompt, kept] of [[450, 449], [450, 433], [450, 432], [450, 200], [470, 17], [470, 16], [448, 1]] as const) {
+    for (const [prompt, kept] of [
+      [450, 449],
+      [450, 433],
+      [450, 432],
+      [450, 200],
+      [470, 17],
+      [470, 16],
+      [448, 1],
+    ] as const) {
       using sequence = await engine.prefill(ids.slice(0, prompt));
       using fork = sequence.fork();
       await score(sequence, ids.slice(prompt, prompt + 20));
@@ -112,7 +133,10 @@ for (const [name, options] of Object.entries(engines)) {
       const expected = await scoreFrom(engine, [...ids.slice(0, kept), ...other.slice(0, 40)], kept);
       assertEquals(await score(sequence, other.slice(0, 40)), expected, `${prompt} to ${kept}`);
       // Shared pages are still the fork's.
-      assertEquals(await score(fork, ids.slice(prompt, prompt + 30)), await scoreFrom(engine, ids.slice(0, prompt + 30), prompt));
+      assertEquals(
+        await score(fork, ids.slice(prompt, prompt + 30)),
+        await scoreFrom(engine, ids.slice(0, prompt + 30), prompt),
+      );
     }
   });
 }
@@ -144,7 +168,10 @@ test("one captured graph serves two lengths, and a batch of another size its own
   await using engine = await load(dir, { orchestration: "captured", tau: 0 });
   await using host = await load(dir, { orchestration: "host", tau: 0 });
   for (const at of [30, 640, 120, 1100])
-    assertEquals(await scoreFrom(engine, ids.slice(0, at + 40), at), await scoreFrom(host, ids.slice(0, at + 40), at));
+    assertEquals(
+      await scoreFrom(engine, ids.slice(0, at + 40), at),
+      await scoreFrom(host, ids.slice(0, at + 40), at),
+    );
 });
 
 test("a sequence may change between the chunks of another one's prompt", { timeout }, async () => {
@@ -166,26 +193,39 @@ test("a sequence may change between the chunks of another one's prompt", { timeo
   }
 });
 
-test("decoding goes on between the chunks of a prompt, and neither disturbs the other", { timeout }, async () => {
+test("decoding goes on between the chunks of a prompt, and neither disturbs the other", {
+  timeout,
+}, async () => {
   for (const options of Object.values(engines)) {
     await using engine = await load(dir, { ...options, tau: 0 });
     const alone = await scoreFrom(engine, ids.slice(0, 480), 400);
     const prompt = await scoreFrom(engine, other.slice(0, 1150), 1100);
     using decoding = await engine.prefill(ids.slice(0, 400));
-    const [found, also] = await Promise.all([score(decoding, ids.slice(400, 480)), scoreFrom(engine, other.slice(0, 1150), 1100)]);
+    const [found, also] = await Promise.all([
+      score(decoding, ids.slice(400, 480)),
+      scoreFrom(engine, other.slice(0, 1150), 1100),
+    ]);
     assertEquals(found, alone);
     assertEquals(also, prompt);
   }
 });
 
-test("a long prompt that is abandoned leaves pages to others, who are not disturbed", { timeout }, async () => {
-  await using engine = await load(dir, { prefillKv: "host", maxSequences: 2, hostBytes: 100 * 3 * 2 * 2 * 16 * 16 * 4 });
+test("a long prompt that is abandoned leaves pages to others, who are not disturbed", {
+  timeout,
+}, async () => {
+  await using engine = await load(dir, {
+    prefillKv: "host",
+    maxSequences: 2,
+    hostBytes: 100 * 3 * 2 * 2 * 16 * 16 * 4,
+  });
   const expected = await scoreFrom(engine, ids.slice(0, 480), 400);
   for (let i = 0; i < 5; i++) {
     const controller = new AbortController();
     const onProgress = (): void => controller.abort(new Error("enough"));
     let reason: unknown;
-    await engine.prefill(other, { signal: controller.signal, onProgress }).catch((error: unknown) => (reason = error));
+    await engine
+      .prefill(other, { signal: controller.signal, onProgress })
+      .catch((error: unknown) => (reason = error));
     assert(reason instanceof Error && reason.message === "enough", String(reason));
     assertEquals(engine.stats().hostPages, 0);
     assertEquals(await scoreFrom(engine, ids.slice(0, 480), 400), expected);

@@ -6,7 +6,7 @@ import type { Engine } from "../lib/engine.ts";
 import { FreeKVError } from "../lib/errors.ts";
 import type { EngineOptions, Progress } from "../lib/types.ts";
 import { type WaitName, waitNames } from "../lib/waits.ts";
-import { checkpoint, k, load, loadWithout, score, timeout, tokens, type Trace } from "./pipeline.ts";
+import { checkpoint, k, load, loadWithout, score, type Trace, timeout, tokens } from "./pipeline.ts";
 
 const dir = checkpoint();
 const ids = tokens(600);
@@ -23,7 +23,9 @@ const cases: Record<WaitName, { options: EngineOptions; work?: (engine: Engine) 
     { options: { recall: "staged" } },
   ],
   "step-after-branch": [{ options: { orchestration: "captured" } }, { options: { orchestration: "host" } }],
-  "fill-after-drain": [1, 2].map((stagingBuffers) => ({ options: { recall: "staged", stagingBuffers } as const })),
+  "fill-after-drain": [1, 2].map((stagingBuffers) => ({
+    options: { recall: "staged", stagingBuffers } as const,
+  })),
   "convert-after-fill": [{ options: { recall: "staged" } }],
   "store-after-append": [{ options: {} }, { options: { prefillKv: "host" } }],
   "load-after-store": [
@@ -64,7 +66,10 @@ async function interrupt(engine: Engine): Promise<Trace[]> {
 }
 
 /** The traces, or what went wrong: a refusal, or a number that is none. */
-async function outcome(engine: Engine, work: (engine: Engine) => Promise<Trace[]>): Promise<Trace[] | string> {
+async function outcome(
+  engine: Engine,
+  work: (engine: Engine) => Promise<Trace[]>,
+): Promise<Trace[] | string> {
   try {
     return await work(engine);
   } catch (error) {

@@ -1,5 +1,5 @@
-// The whole model in float64, as its formulas read: full attention, every position, no cache. It shares with
-// the engine only what reads the checkpoint.
+// The whole model in float64, as its formulas read: every position, no cache, full attention unless told otherwise.
+// It shares with the engine only what reads the checkpoint.
 
 import type { ModelConfig } from "../../lib/checkpoint.ts";
 import { toFloat32 } from "../../lib/float.ts";
@@ -16,12 +16,24 @@ interface Matrix {
 /**
  * Log-probabilities [tokens.length][vocab], row-major: row p is of the token after tokens 0..p. Natural log.
  */
-export function referenceLogprobs(dir: string, tokens: ArrayLike<number>): Float64Array {
+export function referenceLogprobs(dir: string, tokens: ArrayLike<number>, visible?: Visible): Float64Array {
   using checkpoint = openCheckpoint(dir);
-  const logits = new ReferenceModel(checkpoint).logits(Array.from(tokens));
+  const logits = new ReferenceModel(checkpoint).logits(Array.from(tokens), visible);
   for (let row = 0; row < logits.rows; row++) logSoftmax(rowOf(logits, row));
   return logits.values;
 }
+
+/** What one KV head attends from one position: q of its query heads, q at the position before, K of every position. */
+export interface View {
+  layer: number;
+  kvHead: number;
+  position: number;
+  queries: Float64Array[];
+  before: Float64Array[];
+  key(position: number): Float64Array;
+}
+/** Which positions up to its own that is; undefined: all. */
+export type Visible = (view: View) => ((position: number) => boolean) | undefined;
 
 /** All weights, widened from what the checkpoint stores. */
 export class ReferenceModel {
@@ -34,7 +46,7 @@ export class ReferenceModel {
   }
 
   /** [tokens.length][vocab]. */
-  logits(tokens: readonly number[]): Matrix {
+  logits(tokens: readonly number[], visible?: Visible): Matrix {
     const { config } = this;
     const embed = this.#matrix("embed");
     const x = zeros(tokens.length, config.hidden);
@@ -44,7 +56,7 @@ export class ReferenceModel {
       const name = (weight: string): string => `layers.${layer}.${weight}`;
       const qkv = this.#linear(this.#norm(x, name("attnNorm")), name("qkv"), name("qkvBias"));
       this.#rotate(qkv, name("qNorm"), name("kNorm"));
-      add(x, this.#linear(this.#attend(qkv), name("o"), name("oBias")));
+      add(x, this.#linear(this.#attend(qkv, layer, visible), name("o"), name("oBias")));
       const gateUp = this.#linear(this.#norm(x, name("mlpNorm")), name("gateUp"), name("gateUpBias"));
       add(x, this.#linear(swiglu(gateUp), name("down"), name("downBias")));
     }
@@ -96,23 +108,37 @@ export class ReferenceModel {
   }
 
   /** [tokens][heads · headDim]: causal attention of every token. */
-  #attend(qkv: Matrix): Matrix {
+  #attend(qkv: Matrix, layer: number, visible?: Visible): Matrix {
     const { heads, kvHeads, headDim } = this.config;
     const out = zeros(qkv.rows, heads * headDim);
     const part = (row: number, head: number): Float64Array =>
       rowOf(qkv, row).subarray(head * headDim, (head + 1) * headDim);
-    for (let row = 0; row < qkv.rows; row++) {
-      for (let head = 0; head < heads; head++) {
-        const kvHead = heads + Math.floor((head * kvHeads) / heads);
-        const scores = Float64Array.from(
-          { length: row + 1 },
-          (_, key) => dot(part(row, head), part(key, kvHead)) / Math.sqrt(headDim),
-        );
-        logSoftmax(scores);
-        const sum = rowOf(out, row).subarray(head * headDim, (head + 1) * headDim);
-        for (const [key, score] of scores.entries()) {
-          const weight = Math.exp(score);
-          for (const [i, v] of part(key, kvHead + kvHeads).entries()) sum[i] = (sum[i] ?? NaN) + weight * v;
+    const group = heads / kvHeads;
+    for (let position = 0; position < qkv.rows; position++) {
+      for (let kvHead = 0; kvHead < kvHeads; kvHead++) {
+        const queries = (at: number): Float64Array[] =>
+          Array.from({ length: at < 0 ? 0 : group }, (_, i) => part(at, kvHead * group + i));
+        const key = (at: number): Float64Array => part(at, heads + kvHead);
+        const view = {
+          layer,
+          kvHead,
+          position,
+          queries: queries(position),
+          before: queries(position - 1),
+          key,
+        };
+        const sees = visible?.(view) ?? (() => true);
+        const keys = Array.from({ length: position + 1 }, (_, at) => at).filter(sees);
+        for (const [i, q] of view.queries.entries()) {
+          const scores = Float64Array.from(keys, (at) => dot(q, key(at)) / Math.sqrt(headDim));
+          logSoftmax(scores);
+          const head = kvHead * group + i;
+          const sum = rowOf(out, position).subarray(head * headDim, (head + 1) * headDim);
+          for (const [j, at] of keys.entries()) {
+            const weight = Math.exp(scores[j] ?? NaN);
+            const value = part(at, heads + kvHeads + kvHead);
+            for (const [c, v] of value.entries()) sum[c] = (sum[c] ?? NaN) + weight * v;
+          }
         }
       }
     }
