@@ -13,7 +13,7 @@ import { GatherRecall } from "../lib/recall.ts";
 import { rowOf } from "../lib/row.ts";
 import { select } from "../lib/select.ts";
 
-/** Llama-3.1-8B: a layer's attention, its matrices, its vocabulary. */
+/** A layer of Llama-3.1-8B. */
 export const shape = {
   hidden: 4096,
   intermediate: 14_336,

@@ -65,7 +65,10 @@ export const load: Load = <N extends EntryName>(path: string, table: SymbolTable
     else if (mem < 0) calls[name] = converting(kinds, call);
     else {
       const byAddress = kinds.map((kind) => (kind === "mem" ? "ptr" : kind));
-      const [memory, address] = [converting(kinds, call), converting(byAddress, symbols[addressed(name)] as Call)];
+      const [memory, address] = [
+        converting(kinds, call),
+        converting(byAddress, symbols[addressed(name)] as Call),
+      ];
       calls[name] = (...all: unknown[]) => (typeof all[mem] === "object" ? memory : address)(...all);
     }
   }
@@ -86,7 +89,8 @@ function text(start: PointerObject): string {
   return new Deno.UnsafePointerView(start).getCString();
 }
 
-const wide = (value: unknown): bigint => (typeof value === "bigint" ? value : BigInt((value as number | null) ?? 0));
+const wide = (value: unknown): bigint =>
+  typeof value === "bigint" ? value : BigInt((value as number | null) ?? 0);
 const same = (value: unknown): unknown => value;
 
 /** `call`, given numbers where it takes bigints. Deno's fast calls want each argument by itself, not spread. */

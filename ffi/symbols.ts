@@ -6,7 +6,8 @@
  * - `ptr`: an address as a number, never null: an opaque handle, device memory or pinned memory.
  * - `ptr?`: the same, or null.
  * - `buf`: JavaScript memory, passed as such (the address of a small array may change from one call to the next):
- *   parameter structs, which C copies at the call, and outputs, which it writes before it returns.
+ *   parameter structs, which C copies at the call, and outputs, which it writes before it returns. What has no bytes
+ *   becomes the null pointer or not, as the runtime has it.
  * - `mem`: an address, or JavaScript memory that C reads before it returns.
  * - `i32`, and `u64`: an integer, as a number up to 2^53 − 1 or a bigint.
  */

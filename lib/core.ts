@@ -54,7 +54,7 @@ export class Core implements Disposable {
   readonly laneMemory: LaneMemory;
   readonly options: CoreOptions;
   readonly #freeLanes: number[];
-  readonly #owned: Owned;
+  #owned: Owned;
 
   private constructor(device: Device, compute: Stream, network: Network, o: CoreOptions, owned: Owned) {
     const { config } = network;
@@ -133,7 +133,8 @@ export class Core implements Disposable {
     owned.use(device);
     const compute = owned.use(device.stream());
     const network = owned.use(await Network.load(device, checkpoint, compute, task));
-    const core = new Core(device, compute, network, options, owned.move());
+    const core = new Core(device, compute, network, options, owned);
+    core.#owned = owned.move();
     return core;
   }
 

@@ -73,7 +73,7 @@ export class Graph extends Handle {
   }
 }
 
-/** A queue of work; everything below returns before it has run, unless it says that it blocks. */
+/** A queue of work; everything below returns before it has run, unless it says that it blocks. No bytes are no work. */
 export class Stream extends Handle {
   /** Device.stream makes them. */
   constructor(context: DeviceContext) {
@@ -94,7 +94,8 @@ export class Stream extends Handle {
     if (n === undefined) throw badArgument("stream.copy", "bytes must be given between two addresses");
     checkFits("stream.copy", "dst", dst, n);
     checkFits("stream.copy", "src", src, n);
-    this.context.lib.fkv_memcpy_async(addressOf(dst), source(src), n, this.live);
+    const stream = this.live;
+    if (n !== 0) this.context.lib.fkv_memcpy_async(addressOf(dst), source(src), n, stream);
   }
 
   /** Copy `height` rows of `width` bytes, which lie `dstPitch` and `srcPitch` bytes apart. */
@@ -106,12 +107,12 @@ export class Stream extends Handle {
     width: number,
     height: number,
   ): void {
-    if (height > 0) {
-      checkFits("stream.copy2d", "dst", dst, dstPitch * (height - 1) + width);
-      checkFits("stream.copy2d", "src", src, srcPitch * (height - 1) + width);
-    }
+    const stream = this.live;
+    if (width === 0 || height === 0) return;
+    checkFits("stream.copy2d", "dst", dst, dstPitch * (height - 1) + width);
+    checkFits("stream.copy2d", "src", src, srcPitch * (height - 1) + width);
     const from = source(src);
-    this.context.lib.fkv_memcpy_2d_async(addressOf(dst), dstPitch, from, srcPitch, width, height, this.live);
+    this.context.lib.fkv_memcpy_2d_async(addressOf(dst), dstPitch, from, srcPitch, width, height, stream);
   }
 
   /** Set `bytes` bytes (all of dst if absent) to `value`. */
@@ -125,7 +126,8 @@ export class Stream extends Handle {
   /** Write up to 3072 bytes, taken from `src` now, to device memory when the stream gets there. */
   write(dst: Memory, src: JsMemory): void {
     checkFits("stream.write", "dst", dst, src.byteLength);
-    this.context.lib.fkv_write_async(addressOf(dst), src, src.byteLength, this.live);
+    const stream = this.live;
+    if (src.byteLength !== 0) this.context.lib.fkv_write_async(addressOf(dst), src, src.byteLength, stream);
   }
 
   /** Later work of this stream waits for `event`. Errors: BAD_ARGUMENT if it was never recorded. */

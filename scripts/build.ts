@@ -36,7 +36,7 @@ function twin(): Library {
   return {
     name: "freekv_cpu",
     title: "CPU twin",
-    sources: sources("cuda/cpu", ".cpp"),
+    sources: [...sources("cuda/cpu", ".cpp"), ...sources("cuda", ".cpp")],
     compileFlags: [
       ...["-std=c++20", "-O3", ...machine, "-fPIC", "-fvisibility=hidden", "-pthread"],
       ...["-Wall", "-Wextra", "-Wno-psabi", include],
@@ -102,7 +102,10 @@ async function buildJs(): Promise<void> {
   const aside = join(root, `dist.${process.pid}.tmp`);
   try {
     const words = ["node_modules/typescript/bin/tsc", "-p", "tsconfig.build.json", "--outDir", aside];
-    const tsc = Bun.spawn([process.execPath, ...words], { cwd: root, stdio: ["ignore", "inherit", "inherit"] });
+    const tsc = Bun.spawn([process.execPath, ...words], {
+      cwd: root,
+      stdio: ["ignore", "inherit", "inherit"],
+    });
     if ((await tsc.exited) !== 0) throw new BuildError("the TypeScript could not be built", 1);
     rmSync(stamp, { force: true });
     mkdirSync(dist, { recursive: true });

@@ -1,48 +1,46 @@
 // npm test [-- [-v] [-t NAME] FILE …]: runs test/*.test.ts whose name contains one of the words given, each file in
-// a Bun of its own, so that a crash or a hang in native code costs that file and no other.
+// a Bun of its own, so that a crash or a hang in native code costs that file and no other; then test/conformance/ in
+// each runtime, chosen by the same words ("conformance" for all of it).
 //   -v, --verbose    show all output of every file (a failing file's is shown anyway)
 //   -t, --name NAME  only tests whose name matches this regular expression
 //   -j, --jobs N     files at a time
 
 import { readdirSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { parseArgs } from "node:util";
 import { root, say } from "./native.ts";
+import { buildForNode, bun, type Count, type Runtime, runtimes } from "./runtimes.ts";
 
-const testMs = 60_000; // of a test that states no time-out of its own
 const fileMs = 600_000; // a loop in native code never yields to a test's own time-out
-const dir = join(root, "test");
 
-interface Count {
-  passed: number;
-  failed: number;
-  skipped: number;
+/** Files that one process runs. */
+interface Job {
+  readonly label: string;
+  readonly files: readonly string[];
+  readonly runtime: Runtime;
 }
 
 interface Result extends Count {
-  file: string;
+  label: string;
   seconds: number;
   output: string;
   note: string;
 }
 
-/** What Bun counted, or undefined when it never came to its closing lines. */
-function readCount(output: string): Count | undefined {
-  const end = output.lastIndexOf("\nRan ");
-  const summary = output.slice(0, end);
-  const count = (word: string): number => {
-    const lines = [...summary.matchAll(new RegExp(`^ (\\d+) ${word}$`, "gm"))];
-    return Number(lines.at(-1)?.[1] ?? 0);
-  };
-  if (end < 0) return undefined;
-  return { passed: count("pass"), failed: count("fail"), skipped: count("skip") + count("todo") };
-}
-
-async function runFile(file: string, name: string | undefined): Promise<Result> {
+async function runJob({ label, files, runtime }: Job, pattern: string | undefined): Promise<Result> {
   const start = performance.now();
-  const words = ["test", "--no-orphans", `--timeout=${testMs}`, join(dir, file)];
-  if (name !== undefined) words.push("--test-name-pattern", name);
-  const child = Bun.spawn([process.execPath, ...words], {
+  const ended = (note: string, output: string, count: Partial<Count> = {}): Result => {
+    const { passed = 0, failed = 0, skipped = 0 } = count;
+    // What went wrong outside any test counts as one failure.
+    const broken = note !== "" && note !== "no test of that name";
+    const seconds = (performance.now() - start) / 1000;
+    return { label, passed, failed: failed + (broken ? 1 : 0), skipped, seconds, output, note };
+  };
+  const command = runtime.command(files, pattern);
+  if (typeof command === "string") return ended(command, "");
+  const refused = runtime.name === "Node" ? buildForNode() : undefined;
+  if (refused !== undefined) return ended("could not be compiled", refused);
+  const child = Bun.spawn(command, {
     cwd: root,
     env: { ...process.env, NO_COLOR: "1", FORCE_COLOR: undefined },
     stdio: ["ignore", "pipe", "pipe"],
@@ -53,35 +51,33 @@ async function runFile(file: string, name: string | undefined): Promise<Result> 
     new Response(child.stdout).text(),
     new Response(child.stderr).text(),
   ]);
+  const output = out + err;
   const status = await child.exited;
-  const count = readCount(err);
-  const { passed, failed, skipped } = count ?? { passed: 0, failed: 0, skipped: 0 };
-  let note = "";
-  if (count === undefined && name !== undefined && /^error: regex .* matched 0 tests/m.test(err)) {
-    note = "no test of that name";
-  } else if (count === undefined) {
-    note = child.signalCode !== null ? `died of ${child.signalCode}` : "ended before its tests did";
-    if (performance.now() - start >= fileMs) note = `killed after ${fileMs / 1000} s`;
-  } else if (passed + failed + skipped === 0) {
-    note = "has no tests";
-  } else if (status !== 0 && failed === 0) {
-    note = `exited with ${status}`;
+  const count = runtime.count(output);
+  if (count === undefined) {
+    if (pattern !== undefined && /^error: regex .* matched 0 tests/m.test(err)) {
+      return ended("no test of that name", output);
+    }
+    if (performance.now() - start >= fileMs) return ended(`killed after ${fileMs / 1000} s`, output);
+    const died = child.signalCode !== null ? `died of ${child.signalCode}` : "ended before its tests did";
+    return ended(died, output);
   }
-  // A file that went wrong outside any test counts as one failure.
-  const broken = note !== "" && note !== "no test of that name";
-  const seconds = (performance.now() - start) / 1000;
-  return { file, passed, failed: failed + (broken ? 1 : 0), skipped, seconds, output: out + err, note };
+  const { passed, failed, skipped } = count;
+  if (passed + failed + skipped === 0) {
+    return ended(pattern === undefined ? "has no tests" : "no test of that name", output, count);
+  }
+  return ended(status !== 0 && failed === 0 ? `exited with ${status}` : "", output, count);
 }
 
 function report(result: Result, verbose: boolean): void {
-  const { file, passed, failed, skipped, seconds, output, note } = result;
+  const { label, passed, failed, skipped, seconds, output, note } = result;
   if (failed > 0 || verbose) process.stdout.write(`\n${output.trim()}\n\n`);
   const parts = [`${passed} passed`];
   if (failed > 0) parts.push(`${failed} failed`);
   if (skipped > 0) parts.push(`${skipped} skipped`);
   if (note !== "") parts.push(note);
   const time = `${seconds.toFixed(1)} s`.padStart(8);
-  console.log(`${failed > 0 ? "FAIL" : "ok  "} ${file.padEnd(28)} ${time}   ${parts.join(", ")}`);
+  console.log(`${failed > 0 ? "FAIL" : "ok  "} ${label.padEnd(28)} ${time}   ${parts.join(", ")}`);
 }
 
 function readArguments() {
@@ -100,16 +96,37 @@ function readArguments() {
   }
 }
 
+/** A job for each file of test/, and one for each runtime of all the files of test/conformance. */
+function jobsOf(words: readonly string[]): Job[] {
+  const filesOf = (folder: string): string[] => {
+    const names = readdirSync(join(root, folder)).filter((name) => name.endsWith(".test.ts"));
+    const paths = names.sort().map((name) => join(folder, name));
+    return paths.filter(
+      (path) => words.length === 0 || words.some((word) => path.slice("test/".length).includes(word)),
+    );
+  };
+  const jobs: Job[] = filesOf("test").map((file) => ({
+    label: basename(file),
+    files: [join(root, file)],
+    runtime: bun,
+  }));
+  const files = filesOf("test/conformance").map((file) => join(root, file));
+  if (files.length === 0) return jobs;
+  return [
+    ...jobs,
+    ...runtimes.map((runtime) => ({ label: `conformance (${runtime.name})`, files, runtime })),
+  ];
+}
+
 async function main(): Promise<number> {
   const { values, positionals: words } = readArguments();
-  const all = readdirSync(dir).filter((file) => file.endsWith(".test.ts"));
-  const files = all.filter((file) => words.length === 0 || words.some((word) => file.includes(word))).sort();
+  const jobs = jobsOf(words);
   const total: Count = { passed: 0, failed: 0, skipped: 0 };
   const failures: Result[] = [];
-  const queue = [...files];
+  const queue = [...jobs];
   const worker = async (): Promise<void> => {
-    for (let file = queue.shift(); file !== undefined; file = queue.shift()) {
-      const result = await runFile(file, values.name);
+    for (let job = queue.shift(); job !== undefined; job = queue.shift()) {
+      const result = await runJob(job, values.name);
       report(result, values.verbose);
       total.passed += result.passed;
       total.failed += result.failed;
@@ -119,8 +136,8 @@ async function main(): Promise<number> {
   };
   await Promise.all(Array.from({ length: Math.max(1, Number(values.jobs) || 1) }, worker));
 
-  if (failures.length > 0) console.log(`\nfailed: ${failures.map((result) => result.file).join(", ")}`);
-  if (files.length === 0) console.log(`no test file matches ${words.join(", ")}`);
+  if (failures.length > 0) console.log(`\nfailed: ${failures.map((result) => result.label).join(", ")}`);
+  if (jobs.length === 0) console.log(`no test file matches ${words.join(", ")}`);
   const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : "";
   console.log(`\n${total.passed} passed, ${total.failed} failed${skipped}`);
   // A run that tested nothing has shown nothing.

@@ -1,5 +1,6 @@
 // Where it says no: what is refused, in which words, and that everything is afterwards as it was before.
 
+import { readdirSync } from "node:fs";
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertMatch, assertRejects, assertThrows } from "@std/assert";
 import { Engine, loadCore } from "../lib/engine.ts";
@@ -279,6 +280,20 @@ test("what fails on the device reaches the caller, and the engine can still be d
     if (code === "DEVICE_FAILED") return;
     assert(scheduleSeed < 50);
   }
+});
+
+test("a load that the device has no memory for leaves no device behind", {
+  timeout,
+  skip: process.platform !== "linux",
+}, async () => {
+  const wide = checkpoint({ contextLength: 2 ** 34 });
+  // Of a device, its threads are what can be counted from outside.
+  const threads = (): number => readdirSync("/proc/self/task").length;
+  await (await load(dir))[Symbol.asyncDispose]();
+  const before = threads();
+  for (let i = 0; i < 5; i++)
+    await refused("OUT_OF_MEMORY", /device memory/, () => load(wide, { maxSequences: 32 }));
+  assert(threads() <= before, `${threads()} threads, ${before} before`);
 });
 
 test("fifty sequences of every policy come and go, and nothing is left of them", { timeout }, async () => {

@@ -91,7 +91,7 @@ test("tau decides: 1 flags every head and equals exact, -1 flags none and equals
   const all = await stats({ tau: 1 });
   const none = await stats({ tau: -1 });
   assertEquals(none.trace, off.trace);
-  assertEquals([exact.share, off.share, none.share], [1, 0, 0]);
+  assertEquals([exact.share, off.share, none.share], [1, null, 0]);
   assertEquals(all.trace, exact.trace);
   assertGreater(all.share, 0.95);
   let before = 0;

@@ -154,22 +154,22 @@ test("the link takes bytes / rate, shares a way, and has two of them", { timeout
     });
   const down = timed(() => first.copy(there, host.address, bytes));
   assertGreaterOrEqual(down, 25);
-  assertLess(down, 30);
+  assertLess(down, 40); // a busy machine wakes the copying thread late
   const up = timed(() => first.copy(host, there.address, bytes));
   assertGreaterOrEqual(up, 25);
-  assertLess(up, 30);
+  assertLess(up, 40);
   const both = timed(() => {
     first.copy(there, host.address, bytes);
     second.copy(near, far, bytes);
   });
   assertGreaterOrEqual(both, 25);
-  assertLess(both, 40);
+  assertLess(both, 45);
   const shared = timed(() => {
     first.copy(there, host.address, bytes);
     second.copy(far, near, bytes);
   });
   assertGreaterOrEqual(shared, 50);
-  assertLess(shared, 60);
+  assertLess(shared, 75);
   const inside = timed(() => first.copy(there, far, bytes));
   assertLess(inside, 20);
   assertMatch(device.info().model, /simulated link of 1 GB\/s/);

@@ -1,7 +1,7 @@
 // append.cpp: K and V of new tokens into their pages: of one token a row (decode), of a chunk of one prompt (prefill).
 #include <stdexcept>
 
-#include "frames.h"
+#include "../frames.h"
 #include "math.h"
 #include "stages.h"
 

@@ -3,13 +3,12 @@
 #include "arena.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <iterator>
 #include <new>
 
+#include "../machine.h"
 #include "twin.h"
 
 namespace fkv {
@@ -18,22 +17,9 @@ namespace {
 
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kAlign = 256;
-constexpr uint64_t kMost = uint64_t{1} << 42;          // an arena of twice this fits any address space
 constexpr uint64_t kHugeBytes = uint64_t{4} << 20;  // from here on huge pages are worth asking for
 
 uint64_t round_up(uint64_t bytes, uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
-
-// What this process may use: the machine's memory, or less in a control group.
-uint64_t machine_bytes() {
-  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-  uint64_t bytes = pages > 0 && page > 0 ? static_cast<uint64_t>(pages) * static_cast<uint64_t>(page) : UINT64_MAX;
-  if (std::FILE* file = std::fopen("/sys/fs/cgroup/memory.max", "re")) {
-    unsigned long long limit;
-    if (std::fscanf(file, "%llu", &limit) == 1 && limit > 0) bytes = std::min<uint64_t>(bytes, limit);
-    std::fclose(file);
-  }
-  return std::min(bytes, kMost);
-}
 
 void* reserve(uint64_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -95,7 +81,7 @@ int32_t Memory::device_alloc(void** memory, uint64_t bytes) {
 }
 
 int32_t Memory::device_free(void* memory) {
-  Range range;
+  Range range{};
   std::lock_guard<std::mutex> lock(mutex_);
   if (const int32_t status = take_out(memory, Kind::kDevice, "fkv_device_alloc", &range)) return status;
   allocated_ -= range.bytes;
@@ -142,7 +128,7 @@ int32_t Memory::host_alloc(void** memory, uint64_t bytes) {
 }
 
 int32_t Memory::host_free(void* memory) {
-  Range range;
+  Range range{};
   std::lock_guard<std::mutex> lock(mutex_);
   if (const int32_t status = take_out(memory, Kind::kAllocated, "fkv_host_alloc", &range)) return status;
   pinned_ -= range.bytes;
@@ -164,7 +150,7 @@ int32_t Memory::host_register(void* memory, uint64_t bytes) {
 }
 
 int32_t Memory::host_unregister(void* memory) {
-  Range range;
+  Range range{};
   std::lock_guard<std::mutex> lock(mutex_);
   if (const int32_t status = take_out(memory, Kind::kRegistered, "fkv_host_register", &range)) return status;
   pinned_ -= range.bytes;

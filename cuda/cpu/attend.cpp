@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "attend_split.h"
-#include "frames.h"
+#include "../frames.h"
 #include "math.h"
 #include "scratch.h"
 #include "stages.h"

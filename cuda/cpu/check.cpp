@@ -3,9 +3,8 @@
 #include <cmath>
 
 #include "math.h"
-#include "serves.h"
+#include "../serves.h"
 #include "stages.h"
-#include "validate.h"
 
 namespace fkv {
 namespace {

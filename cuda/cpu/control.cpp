@@ -1,9 +1,8 @@
 // control.cpp: the first operation of a step, which tells the device what each row is.
 #include <stdexcept>
 
-#include "serves.h"
+#include "../serves.h"
 #include "twin.h"
-#include "validate.h"
 
 namespace fkv {
 namespace {

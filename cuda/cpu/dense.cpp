@@ -12,8 +12,6 @@ namespace {
 
 constexpr uint64_t kAlignment = 64;
 
-bool is_dtype(int32_t dtype) { return dtype == FKV_F32 || dtype == FKV_BF16 || dtype == FKV_F16; }
-
 uint64_t scratch_bytes(int64_t n_rows, int64_t k) {
   return static_cast<uint64_t>(n_rows) * static_cast<uint64_t>(pad_lanes(k)) * 4;
 }

@@ -73,6 +73,8 @@ int32_t fkv_device::check_failure() {
 
 using namespace fkv;
 
+const char* fkv_backend(void) { return "cpu"; }
+
 int32_t fkv_device_count(int32_t* count) {
   FKV_REQUIRE(count != nullptr, FKV_BAD_ARGUMENT, "count: null");
   *count = 1;

@@ -7,9 +7,8 @@
 
 #include "math.h"
 #include "scratch.h"
-#include "serves.h"
+#include "../serves.h"
 #include "stages.h"
-#include "validate.h"
 
 namespace fkv {
 namespace {

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "frames.h"
+#include "../frames.h"
 #include "math.h"
 #include "stages.h"
 

@@ -2,7 +2,7 @@
 // Keys come in blocks of 64 absolute positions, ascending, so that a token's bits do not depend on where chunks begin;
 // the work is split over KV heads and tiles of queries, and each tile turns a block of keys into floats once for all
 // its queries.
-#include "frames.h"
+#include "../frames.h"
 #include "math.h"
 #include "prefill_tile.h"
 #include "scratch.h"

@@ -5,10 +5,9 @@
 #include <stdexcept>
 #include <vector>
 
-#include "frames.h"
-#include "serves.h"
+#include "../frames.h"
+#include "../serves.h"
 #include "stages.h"
-#include "validate.h"
 
 namespace fkv {
 namespace {

@@ -1,8 +1,7 @@
 // retrieve.cpp: the fused retrieval runs the bodies of the separate operations in their order: the same bits.
-#include "frames.h"
-#include "serves.h"
+#include "../frames.h"
+#include "../serves.h"
 #include "stages.h"
-#include "validate.h"
 
 namespace fkv {
 namespace {

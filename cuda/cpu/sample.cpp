@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "frames.h"
+#include "../frames.h"
 #include "math.h"
 #include "twin.h"
 

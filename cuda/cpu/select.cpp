@@ -6,9 +6,8 @@
 #include <vector>
 
 #include "ranking.h"
-#include "serves.h"
+#include "../serves.h"
 #include "stages.h"
-#include "validate.h"
 
 namespace fkv {
 namespace {

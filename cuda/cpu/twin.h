@@ -8,12 +8,11 @@
 #include <cstring>
 #include <functional>
 
+#include "../checks.h"
+#include "../frames.h"
 #include "../freekv.h"
 
 namespace fkv {
-
-// Sets the calling thread's error text (printf style) and returns `status`.
-int32_t fail(int32_t status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // What running work may use.
 class Context {
@@ -32,11 +31,6 @@ using Work = std::function<void(Context&)>;
 // of all parameters; an exception it throws makes the device fail.
 int32_t launch(fkv_stream* stream, const char* name, Work work);
 
-#define FKV_REQUIRE(condition, status, ...) \
-  do {                                      \
-    if (!(condition)) return fkv::fail(status, __VA_ARGS__); \
-  } while (0)
-
 // Marks a function whose hot loops deserve vectors: compiled for three x86-64 levels, chosen when the library loads. Callees must be
 // FKV_INLINE; a lambda inside is not cloned, so call a marked function from it instead. Write 16 lanes with `vec`.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -44,10 +38,7 @@ int32_t launch(fkv_stream* stream, const char* name, Work work);
 #else
 #define FKV_VECTOR
 #endif
-#define FKV_INLINE inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(64)));
-
-inline int64_t dtype_bytes(int32_t dtype) { return dtype == FKV_F32 ? 4 : 2; }
 
 FKV_INLINE float bf16_to_f32(uint16_t bits) {
   uint32_t u = static_cast<uint32_t>(bits) << 16;

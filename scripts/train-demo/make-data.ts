@@ -12,8 +12,16 @@
 import { readFileSync, renameSync, writeFileSync } from "node:fs";
 import { parseArgs } from "node:util";
 import { Tokenizer } from "@huggingface/tokenizers";
-import { type Book, LEAST_TOKENS, makeBook, NAMES, type Question, Rng, VALUES } from "../../lib/tasks/index.ts";
 import { drawFacts, type Fact, multiQuery } from "../../lib/tasks/facts.ts";
+import {
+  type Book,
+  LEAST_TOKENS,
+  makeBook,
+  NAMES,
+  type Question,
+  Rng,
+  VALUES,
+} from "../../lib/tasks/index.ts";
 
 const ANSWER = 0x8000;
 const PADDING = 0x4000;
@@ -46,7 +54,8 @@ const tokenizer = new Tokenizer(
 );
 const encode = (text: string): number[] => tokenizer.encode(text, { add_special_tokens: false }).ids;
 
-const paths = flags.filler === undefined ? [] : readFileSync(flags.filler, "utf8").split("\n").filter(Boolean);
+const paths =
+  flags.filler === undefined ? [] : readFileSync(flags.filler, "utf8").split("\n").filter(Boolean);
 
 const texts = new Map<string, string>();
 function read(path: string): string {
@@ -83,7 +92,9 @@ function choosePieces(all: readonly Question[], room: number): number[][] {
   const pieces: number[][] = [];
   let left = room;
   for (const { prompt, answer } of order) {
-    const facts = (answer.match(/\w+/g) ?? []).filter((word) => VALUES.includes(word) || NAMES.includes(word));
+    const facts = (answer.match(/\w+/g) ?? []).filter(
+      (word) => VALUES.includes(word) || NAMES.includes(word),
+    );
     if (facts.some((word) => said.has(word))) continue;
     const piece = [...encode(prompt), ...encode(answer).map((id) => id | ANSWER), EOS | ANSWER];
     if (piece.length > left) continue;
@@ -127,10 +138,15 @@ function drillDocument(): Uint16Array {
   for (const statement of rng.shuffle(statements)) ids.push(...encode(` ${statement}`));
   for (const statement of rng.shuffle(statements)) {
     const end = statement.lastIndexOf(" ");
-    ids.push(...encode(` ${statement.slice(0, end)}`), ...encode(statement.slice(end)).map((id) => id | ANSWER));
+    ids.push(
+      ...encode(` ${statement.slice(0, end)}`),
+      ...encode(statement.slice(end)).map((id) => id | ANSWER),
+    );
   }
   const questions: Question[] = facts.map((fact) => ({ ...fact, depth: 0 }));
-  const codes = rng.shuffle(facts.flatMap((fact) => (fact.code === undefined ? [] : [fact.code]))).slice(0, 4);
+  const codes = rng
+    .shuffle(facts.flatMap((fact) => (fact.code === undefined ? [] : [fact.code])))
+    .slice(0, 4);
   if (codes.length > 1) questions.push({ kind: "multi-query", ...multiQuery(codes), depth: 0 });
   for (const piece of choosePieces(questions, length - ids.length)) ids.push(...piece);
   return Uint16Array.from({ length }, (_, i) => ids[i] ?? EOS | PADDING);
@@ -142,7 +158,10 @@ function evaluationDocument(): object {
     text: made.text,
     book: [0, ...encode(made.text)],
     questions: made.questions.map(({ kind, prompt, answer, depth }) => ({
-      kind, prompt: encode(prompt), answer: [...encode(answer), EOS], depth,
+      kind,
+      prompt: encode(prompt),
+      answer: [...encode(answer), EOS],
+      depth,
     })),
   };
 }
@@ -150,10 +169,14 @@ function evaluationDocument(): object {
 // Under another name until it is whole: the trainer takes files as they appear.
 const part = `${flags.out}.${process.pid}`;
 if (flags.evaluate) {
-  writeFileSync(part, Array.from({ length: documents }, () => `${JSON.stringify(evaluationDocument())}\n`).join(""));
+  writeFileSync(
+    part,
+    Array.from({ length: documents }, () => `${JSON.stringify(evaluationDocument())}\n`).join(""),
+  );
 } else {
   const all = new Uint16Array(documents * length);
-  for (let i = 0; i < documents; i++) all.set(rng.chance(DRILLS[length] ?? 0) ? drillDocument() : trainingDocument(), i * length);
+  for (let i = 0; i < documents; i++)
+    all.set(rng.chance(DRILLS[length] ?? 0) ? drillDocument() : trainingDocument(), i * length);
   writeFileSync(part, all);
 }
 renameSync(part, flags.out);

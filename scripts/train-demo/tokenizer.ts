@@ -13,7 +13,8 @@ const VOCABULARY = 2048;
 const SPECIAL: readonly string[] = ["<s>", "</s>"];
 /** How the ByteLevel pre-tokenizer cuts text into words; a merge never crosses a word's end. */
 const WORD = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+/gu;
-const FACT_WORDS = "code codes gift gifts value names reach reaches after is of Question Answer What Which The".split(" ");
+const FACT_WORDS =
+  "code codes gift gifts value names reach reaches after is of Question Answer What Which The".split(" ");
 
 /** Byte value to the printable character that stands for it in a vocabulary file. */
 function byteCharacters(): string[] {
@@ -77,13 +78,22 @@ function isOneToken(word: string, merges: readonly [number, number][]): boolean 
 
 function tokenizerFile(merges: readonly [number, number][]): object {
   const text = byteCharacters();
-  const pairs = merges.map(([left, right]): [string, string] => [text[left] as string, text[right] as string]);
+  const pairs = merges.map(([left, right]): [string, string] => [
+    text[left] as string,
+    text[right] as string,
+  ]);
   for (const [i, [left, right]] of merges.entries()) {
     text.push(`${text[left]}${text[right]}`);
     pairs[i] = [text[left] as string, text[right] as string];
   }
   const special = SPECIAL.map((content, id) => ({
-    id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true,
+    id,
+    content,
+    single_word: false,
+    lstrip: false,
+    rstrip: false,
+    normalized: false,
+    special: true,
   }));
   const bytes = { type: "ByteLevel", add_prefix_space: false, trim_offsets: true, use_regex: true };
   return {
@@ -105,8 +115,14 @@ function tokenizerFile(merges: readonly [number, number][]): object {
     },
     decoder: bytes,
     model: {
-      type: "BPE", dropout: null, unk_token: null, continuing_subword_prefix: null, end_of_word_suffix: null,
-      fuse_unk: false, byte_fallback: false, ignore_merges: false,
+      type: "BPE",
+      dropout: null,
+      unk_token: null,
+      continuing_subword_prefix: null,
+      end_of_word_suffix: null,
+      fuse_unk: false,
+      byte_fallback: false,
+      ignore_merges: false,
       vocab: Object.fromEntries([...SPECIAL, ...text].map((token, id) => [token, id])),
       merges: pairs,
     },
@@ -115,7 +131,9 @@ function tokenizerFile(merges: readonly [number, number][]): object {
 
 /** Books, questions and answers; a length estimate does, since there is no tokenizer yet. */
 function* texts(files: readonly string[]): Generator<string> {
-  const tokenizer = { encode: (text: string): { length: number } => ({ length: Math.ceil(text.length / 3) }) };
+  const tokenizer = {
+    encode: (text: string): { length: number } => ({ length: Math.ceil(text.length / 3) }),
+  };
   for (let seed = 0; seed < 100; seed++) {
     const book = makeBook({ seed, tokens: 8192, tokenizer });
     yield book.text;

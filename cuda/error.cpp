@@ -1,8 +1,8 @@
-// error.cpp: the calling thread's error text, and what library this is.
+// error.cpp: the calling thread's error text, in the twin and in the CUDA library.
 #include <cstdarg>
 #include <cstdio>
 
-#include "twin.h"
+#include "checks.h"
 
 namespace {
 thread_local char error_text[1024] = "";
@@ -22,4 +22,3 @@ int32_t fail(int32_t status, const char* format, ...) {
 
 int32_t fkv_abi_version(void) { return FKV_ABI_VERSION; }
 const char* fkv_last_error(void) { return error_text; }
-const char* fkv_backend(void) { return "cpu"; }

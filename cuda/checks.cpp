@@ -1,10 +1,12 @@
-// frames.cpp: what every call on a cache refuses before it defers anything.
+// checks.cpp: what every call on a cache refuses before it defers anything.
+#include "checks.h"
+
 #include "frames.h"
 
 namespace fkv {
 namespace {
 
-// Wider heads than any model has; bounds the twin's scratch.
+// Wider heads than any model has; bounds the scratch of both backends.
 constexpr int32_t kMaxHeadDim = 1024;
 
 bool is_stride(int64_t bytes) { return bytes > 0 && bytes % 16 == 0; }

@@ -1,11 +1,9 @@
 // serves.h: which heads a retrieval serves, with which query, over the candidates of which length. Every stage of a
 // retrieval asks here.
 #pragma once
-#include <atomic>
 #include <cstdint>
 
 #include "frames.h"
-#include "twin.h"
 
 namespace fkv {
 
@@ -67,11 +65,6 @@ FKV_INLINE const float* group_query(const fkv_cache& cache, const float* qkv, in
 FKV_INLINE const float* group_query_before(const fkv_cache& cache, const fkv_lane& lane, int32_t layer, int32_t head) {
   const int64_t group = cache.n_q_heads / cache.n_kv_heads;
   return lane.q_prev + (static_cast<int64_t>(layer) * cache.n_q_heads + head * group) * cache.head_dim;
-}
-
-// Adds to a counter of a row. The retrieval for the next step counts beside the main stream's.
-inline void add_count(int32_t& counter, int32_t n) {
-  std::atomic_ref<int32_t>(counter).fetch_add(n, std::memory_order_relaxed);
 }
 
 // Index of the miss list of a row's head; times max_slots it is the start of its entries.

@@ -1,11 +1,30 @@
-// validate.h: what the operations of a retrieval require of their arguments beyond a good cache (frames.h), said once.
+// checks.h: what every entry of the ABI refuses before it defers or launches anything. Plain C++, compiled into the twin and into
+// the CUDA library alike, so that both refuse the same calls with the same code and text.
 #pragma once
 #include <cstdint>
 
-#include "frames.h"
-#include "twin.h"
+#include "freekv.h"
 
 namespace fkv {
+
+// Sets the calling thread's error text (printf style) and returns `status`.
+int32_t fail(int32_t status, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+#define FKV_REQUIRE(condition, status, ...) \
+  do {                                      \
+    if (!(condition)) return fkv::fail(status, __VA_ARGS__); \
+  } while (0)
+
+inline bool is_dtype(int32_t dtype) { return dtype == FKV_F32 || dtype == FKV_BF16 || dtype == FKV_F16; }
+
+// FKV_OK, or the status and text for a geometry that no operation can run on. `call` is the entry's name, for the text.
+int32_t check_cache(const char* call, const fkv_cache* cache);
+// The same for one layer of one step: also the step's tables, 0 <= layer < n_layers and 0 <= n_rows <= max_rows.
+int32_t check_step(const char* call, const fkv_cache* cache, int32_t layer, int32_t n_rows);
+// The same for a chunk of a prompt: layer, start and n, qkv and frames (`out` is attention's own).
+int32_t check_chunk(const char* call, const fkv_cache* cache, const fkv_prefill_params* params);
+// Strides of `frames` (named `name` in the text): positive multiples of 16, and a base or chunks.
+int32_t check_frames(const char* call, const char* name, const fkv_frames& frames);
 
 // Geometry, layer, rows and the tables that a step writes.
 inline int32_t require_tables(const char* call, const fkv_cache* cache, int32_t layer, int32_t n_rows) {

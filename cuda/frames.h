@@ -1,12 +1,20 @@
 // frames.h: where a page's rows lie, and which pages a step of a lane has. The address rules of fkv_frames and
-// fkv_lane, in one place, and the checks of them that every call on a cache begins with (frames.cpp).
+// fkv_lane, in one place, for the twin and for kernels.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 
-#include "twin.h"
+#include "freekv.h"
+
+// Inlined into every caller, on the host and in kernels.
+#ifdef __CUDACC__
+#define FKV_INLINE __host__ __device__ __forceinline__
+#else
+#define FKV_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fkv {
+
+FKV_INLINE int64_t dtype_bytes(int32_t dtype) { return dtype == FKV_F32 ? 4 : 2; }
 
 // First byte of page `page` (a frame index, or a block id of the host pool). Read `chunks` only while work runs.
 FKV_INLINE char* frame_origin(const fkv_frames& frames, int64_t page) {
@@ -43,26 +51,18 @@ FKV_INLINE int32_t lane_frame_of_slot(const fkv_lane& lane, int32_t slot) {
 
 // First window page of a step at length `len` (the token of the step counted).
 FKV_INLINE int32_t window_begin(const fkv_lane& lane, int32_t len, int32_t page_size) {
-  return std::max(lane.sink_pages, len / page_size - lane.window_pages);
+  const int32_t page = len / page_size - lane.window_pages;
+  return page > lane.sink_pages ? page : lane.sink_pages;
 }
 
 // One past the last candidate page; the candidates are sink_pages .. candidate_end − 1, none where that is empty.
 FKV_INLINE int32_t candidate_end(const fkv_lane& lane, int32_t len, int32_t page_size) {
-  return std::max(lane.sink_pages, len / page_size - lane.window_pages);
+  return window_begin(lane, len, page_size);
 }
 
 // Index of [layer][head] in a lane's per-head tables; times k or n_slots it is the start of that head's entries.
 FKV_INLINE int64_t lane_head(const fkv_cache& cache, int32_t layer, int32_t head) {
   return static_cast<int64_t>(layer) * cache.n_kv_heads + head;
 }
-
-// FKV_OK, or the status and text for a geometry that no operation can run on. `call` is the entry's name, for the text.
-int32_t check_cache(const char* call, const fkv_cache* cache);
-// The same for one layer of one step: also the step's tables, 0 <= layer < n_layers and 0 <= n_rows <= max_rows.
-int32_t check_step(const char* call, const fkv_cache* cache, int32_t layer, int32_t n_rows);
-// The same for a chunk of a prompt: layer, start and n, qkv and frames (`out` is attention's own).
-int32_t check_chunk(const char* call, const fkv_cache* cache, const fkv_prefill_params* params);
-// Strides of `frames` (named `name` in the text): positive multiples of 16, and a base or chunks.
-int32_t check_frames(const char* call, const char* name, const fkv_frames& frames);
 
 }  // namespace fkv

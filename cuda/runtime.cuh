@@ -1,0 +1,133 @@
+// runtime.cuh: the objects behind the ABI's handles on CUDA, and how CUDA's errors become the ABI's. Kernel files see it through
+// common.cuh and use three things of it: `ready`, `launched` and a stream's `handle`.
+//
+// Who guards what: `issue` of the device guards what the host changes when it issues work (captures, an event's latest record,
+// lists of handles, the failure); the ledger has a lock of its own.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "checks.h"
+#include "ledger.h"
+
+namespace fkv {
+
+// First word of every live handle, so that a null, stray or destroyed one is told apart.
+constexpr uint64_t kDeviceMagic = 0x666b762064657632, kStreamMagic = 0x666b762073747232;
+constexpr uint64_t kEventMagic = 0x666b762065766e32, kGraphMagic = 0x666b762067726132;
+
+// A capture in progress, shared by its streams and by events recorded in it. CUDA builds the graph; this remembers enough to refuse
+// what the ABI refuses, with a text, before CUDA sees it.
+struct Capture {
+  std::thread::id thread;
+  fkv_stream* origin;
+  std::vector<fkv_stream*> streams;
+  std::string broken{};  // why it can only be ended; empty while it is valid
+  bool ended = false;
+};
+
+// Runs one entry of the ABI: nothing it allocates may throw through C.
+template <class Body>
+int32_t guarded(const Body& body) noexcept {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return fail(FKV_OUT_OF_MEMORY, "the host has no memory for this call");
+  } catch (const std::exception& error) {
+    return fail(FKV_DEVICE_FAILED, "%s", error.what());
+  }
+}
+
+// FKV_BAD_ARGUMENT unless the handle is alive.
+int32_t check(const fkv_device* device);
+int32_t check(const fkv_stream* stream);
+int32_t check(const fkv_event* event);
+int32_t check(const fkv_graph* graph);
+
+// The status that a CUDA error is, with its text. Errors that leave the context unusable make the device fail, for good.
+// FKV_OK for cudaSuccess. `device` may be null where none is open yet.
+int32_t status_of(fkv_device* device, cudaError_t error, const char* call);
+
+// What an entry does before it issues anything to `stream`: the handle is alive, the device has not failed, a capture of the stream is
+// not broken; and the stream's device becomes the calling thread's.
+int32_t ready(fkv_stream* stream, const char* call);
+// The same for work that belongs to no stream.
+int32_t ready(fkv_device* device, const char* call);
+// What an entry does after a launch: FKV_OK, or why CUDA did not take it.
+int32_t launched(fkv_stream* stream, const char* call);
+
+// Waits until all that the device's streams hold now is done; also FKV_DEVICE_FAILED.
+int32_t drain(fkv_device* device, const char* call);
+// Gives memory back to CUDA or the system, whatever state the device is in.
+void release(void* memory, uint64_t bytes, Ledger::Kind kind);
+
+// With `issue` held: FKV_CAPTURE for an operation that the capture does not allow, which breaks the capture.
+int32_t break_capture(Capture& capture, const std::string& why);
+// With `issue` held: FKV_CAPTURE if the capture is broken.
+int32_t check_capture(const Capture& capture);
+// FKV_CAPTURE, and breaks the captures that the calling thread has begun on the device, if there are any.
+int32_t refuse_while_capturing(fkv_device* device, const char* call);
+// With `issue` held: takes the capture off its streams; the graph that CUDA made is returned, or null.
+cudaError_t end_capture(fkv_device* device, const std::shared_ptr<Capture>& capture, cudaGraph_t* graph);
+
+}  // namespace fkv
+
+struct fkv_stream {
+  uint64_t magic = fkv::kStreamMagic;
+  fkv_device* device;
+  cudaStream_t handle;
+  std::shared_ptr<fkv::Capture> capture{};  // guarded by device->issue
+
+  fkv_stream(fkv_device* owner, cudaStream_t made) : device(owner), handle(made) {}
+  ~fkv_stream();
+};
+
+struct fkv_event {
+  uint64_t magic = fkv::kEventMagic;
+  fkv_device* device;
+  cudaEvent_t handle;
+  bool recorded = false;                    // outside a capture, ever
+  std::shared_ptr<fkv::Capture> capture{};  // set while the latest record is one in a capture
+
+  fkv_event(fkv_device* owner, cudaEvent_t made) : device(owner), handle(made) {}
+  ~fkv_event();
+};
+
+struct fkv_graph {
+  uint64_t magic = fkv::kGraphMagic;
+  fkv_device* device;
+  cudaGraphExec_t handle;
+
+  fkv_graph(fkv_device* owner, cudaGraphExec_t made) : device(owner), handle(made) {}
+  ~fkv_graph();
+};
+
+struct fkv_device {
+  uint64_t magic = fkv::kDeviceMagic;
+  int ordinal;
+  cudaDeviceProp properties;  // multiProcessorCount, sharedMemPerBlockOptin, …: what launchers size themselves by
+  fkv::Ledger ledger{};
+
+  std::mutex issue{};
+  std::unordered_map<const fkv_stream*, std::unique_ptr<fkv_stream>> streams{};
+  std::unordered_map<const fkv_event*, std::unique_ptr<fkv_event>> events{};
+  std::unordered_map<const fkv_graph*, std::unique_ptr<fkv_graph>> graphs{};
+  std::vector<std::shared_ptr<fkv::Capture>> captures{};  // in progress
+
+  std::mutex failure_mutex{};
+  std::string failure{};      // why the device failed; empty while it has not
+  bool failure_told = false;  // some call has returned it
+
+  fkv_device(int number, const cudaDeviceProp& found) : ordinal(number), properties(found) {}
+  ~fkv_device();
+  // FKV_DEVICE_FAILED with the reason, or FKV_OK.
+  int32_t check_failure();
+};

@@ -1,0 +1,146 @@
+/// <reference lib="esnext.disposable" preserve="true" />
+// The package as npm packs it: its maps and types are right, and installed in an empty project it works on all three
+// runtimes, with no compiler and nothing of our devDependencies.
+
+import { spawnSync } from "node:child_process";
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import { checkPackage, createPackageFromTarballData } from "@arethetypeswrong/core";
+import { assert, assertArrayIncludes, assertEquals, assertGreater, assertMatch } from "@std/assert";
+import { publint } from "publint";
+import { formatMessage } from "publint/utils";
+import { packageRoot } from "../ffi/root.ts";
+import { findProgram } from "../scripts/native.ts";
+import { findDeno } from "../scripts/runtimes.ts";
+
+const root = packageRoot();
+const npm = findProgram(["npm"]);
+const node = findProgram(["node"]);
+const skip = npm === undefined || node === undefined ? "node and npm are not on PATH" : false;
+const timeout = 120_000;
+
+let dir = "";
+let tarball = "";
+let files: string[] = [];
+
+function run(program: string, words: readonly string[], cwd: string, env: NodeJS.ProcessEnv = process.env): string {
+  const { status, stdout, stderr, error } = spawnSync(program, words, { cwd, env, encoding: "utf8" });
+  assertEquals(status, 0, `${program} ${words.join(" ")}\n${error?.message ?? ""}${stdout}${stderr}`);
+  return stdout;
+}
+
+before(() => {
+  if (skip) return;
+  dir = mkdtempSync(join(tmpdir(), "freekv-package-"));
+  run(process.execPath, ["scripts/build.ts", "js", "twin"], root);
+  const words = ["pack", "--ignore-scripts", "--json", "--pack-destination", dir];
+  const [packed] = JSON.parse(run(npm as string, words, root));
+  tarball = join(dir, packed.filename);
+  files = packed.files.map((file: { path: string }) => file.path);
+});
+after(() => {
+  if (dir !== "") rmSync(dir, { recursive: true, force: true });
+});
+
+test("it holds the JavaScript, the types, the source, the twin and the demo model, and nothing else", { skip }, () => {
+  assertArrayIncludes(files, [
+    ...["dist/lib/index.js", "dist/lib/index.d.ts", "dist/lib/index.js.map", "dist/lib/cli.js"],
+    ...["dist/ffi/node.js", "dist/ffi/deno.js", "ffi/bun.ts", "lib/index.ts", "cuda/freekv.h"],
+    ...[`dist/native/${process.platform}-${process.arch}/libfreekv_cpu.so`, "lib/demo-model/tokenizer.json"],
+    ...["package.json", "LICENSE", "README.md"],
+  ]);
+  const strange = files.filter((file) => !/^(dist\/(lib|ffi|native)|lib|ffi|cuda|scripts)\/|^[^/]+$/.test(file));
+  assertEquals(strange, []);
+  // Types that name Bun's would be errors in everyone else's program.
+  const declarations = files.filter((file) => file.endsWith(".d.ts"));
+  const naming = declarations.filter((file) => /bun-types|from "bun/.test(readFileSync(join(root, file), "utf8")));
+  assertEquals([declarations.length > 20, naming], [true, []]);
+});
+
+test("publint has nothing to say", { timeout, skip }, async () => {
+  const data = readFileSync(tarball);
+  const { messages, pkg } = await publint({ pack: { tarball: new Uint8Array(data).buffer }, strict: true });
+  assertEquals(
+    messages.map((message) => formatMessage(message, pkg ?? {}, { color: false })),
+    [],
+  );
+});
+
+test("the types resolve for whoever imports ES modules", { timeout, skip }, async () => {
+  const result = await checkPackage(createPackageFromTarballData(new Uint8Array(readFileSync(tarball))));
+  assert(result.types !== false, "has no types");
+  assertArrayIncludes(Object.keys(result.entrypoints), [".", "./cuda"]);
+  // The profile "esm-only": neither CommonJS nor the resolution that knows no exports.
+  const others = new Set(["node10", "node16-cjs"]);
+  const problems = result.problems.filter((each) => !("resolutionKind" in each && others.has(each.resolutionKind)));
+  assertEquals(problems, []);
+});
+
+const program = `
+import { existsSync } from "node:fs";
+import { demoModel, Engine } from "freekv";
+import * as cuda from "freekv/cuda";
+
+const device = cuda.Device.open({ device: "cpu" });
+const [stream, there, host] = [device.stream(), device.alloc(64), device.pinned(64)];
+const bytes = host.view(Uint8Array);
+stream.copy(there, Uint8Array.from({ length: 64 }, (_, i) => 3 * i));
+stream.copy(host, there);
+stream.synchronize();
+const told = { library: device.libraryPath, copied: [...bytes], answers: [] };
+device[Symbol.dispose]();
+told.detached = bytes.length;
+
+const model = process.argv[2];
+const engine = await Engine.load(model, { device: "cpu", pageSize: 16, budget: 64, sink: 16, window: 16 });
+for (const options of [{}, { temperature: 1, seed: 9 }, { policy: "full" }])
+  told.answers.push((await engine.generate(Array.from({ length: 200 }, (_, i) => 3 + (i * i) % 90), { maxTokens: 32, ignoreEos: true, ...options }).result()).tokens);
+await engine[Symbol.asyncDispose]();
+
+if (existsSync(new URL(demoModel + "/model.safetensors"))) {
+  const demo = await Engine.load(demoModel, { device: "cpu", budget: 512, sink: 64, window: 64 });
+  const rain = "The rain had stopped before noon. ".repeat(60);
+  for (const name of ["amber", "cedar"]) {
+    const prompt = rain + "The code of amber is leopard. The code of cedar is harbor. " + rain;
+    const asked = prompt + "\\n\\nQuestion: What is the code of " + name + "?\\nAnswer: The code of " + name + " is";
+    told.answers.push((await demo.generate(asked, { maxTokens: 5 }).result()).tokens);
+  }
+  await demo[Symbol.asyncDispose]();
+}
+console.log(JSON.stringify(told));
+process.exit(0);
+`;
+
+test("installed in an empty project it gives the same on Bun, Deno and Node", { timeout, skip }, () => {
+  const project = join(dir, "project");
+  mkdirSync(project);
+  writeFileSync(join(project, "package.json"), '{ "private": true, "type": "module" }\n');
+  writeFileSync(join(project, "main.js"), program);
+  const words = ["install", tarball, "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"];
+  run(npm as string, words, project);
+  const installed = readdirSync(join(project, "node_modules"));
+  for (const name of ["bun", "deno", "typescript", "bun-types", "mitata"]) assert(!installed.includes(name), name);
+
+  const deno = findDeno();
+  assert(deno !== undefined, "node_modules has no Deno that runs here");
+  const model = join(root, "test", "fixtures", "golden", "llama");
+  const env = { ...process.env, PATH: "", NO_COLOR: "1" }; // no compiler, no other program
+  const commands = {
+    Bun: [process.execPath, "main.js"],
+    Deno: [deno, "run", "--allow-all", "--no-lock", "main.js"],
+    Node: [node as string, "main.js"],
+  };
+  const told = Object.entries(commands).map(([name, [first, ...rest]]) => {
+    const out = JSON.parse(run(first as string, [...rest, model], project, env));
+    assertMatch(out.library, /project.node_modules.freekv.dist.native/, name);
+    assertEquals([out.copied[21], out.detached], [63, 0], name);
+    return out.answers as number[][];
+  });
+  assertGreater(new Set(told[0]?.[1]).size, 10);
+  assertEquals(told[1], told[0]);
+  assertEquals(told[2], told[0]);
+  const { version } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
+  assertEquals(run(npm as string, ["exec", "--offline", "--", "freekv", "--version"], project).trim(), version);
+});
