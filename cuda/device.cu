@@ -1,5 +1,5 @@
 // device.cu: opens and closes devices, turns CUDA's errors into the ABI's, keeps a device's failure.
-#include <cstring>
+#include <cstdio>
 
 #include "runtime.cuh"
 
@@ -122,6 +122,7 @@ int32_t launched(fkv_stream* stream, const char* call) {
 
 int32_t drain(fkv_device* device, const char* call) {
   if (const int32_t status = status_of(device, cudaSetDevice(device->ordinal), call)) return status;
+  const Beside beside;
   std::vector<cudaStream_t> streams;
   {
     const std::lock_guard<std::mutex> issue(device->issue);
@@ -183,6 +184,7 @@ int32_t fkv_device_open(fkv_device** device, const fkv_device_params* params) {
                 "%s: this system maps pinned memory at another address on the device", properties.name);
     auto made = std::make_unique<fkv_device>(params->ordinal, properties);
     // Makes the context, and finds out whether it can be used: an earlier failure in this process leaves it broken.
+    const Beside beside;
     if (const int32_t status = status_of(nullptr, cudaSetDevice(params->ordinal), "fkv_device_open")) return status;
     if (const int32_t status = status_of(nullptr, cudaFree(nullptr), "fkv_device_open")) return status;
     *device = made.release();
@@ -224,6 +226,7 @@ int32_t fkv_device_get_info(fkv_device_info* info, fkv_device* device) {
     info->pinned_bytes = static_cast<double>(usage.pinned);
     info->total_bytes = static_cast<double>(device->properties.totalGlobalMem);
     size_t free = 0, total = 0;
+    const Beside beside;
     // Of a failed device only the accounts are known.
     if (cudaSetDevice(device->ordinal) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
       info->total_bytes = static_cast<double>(total);
@@ -231,7 +234,7 @@ int32_t fkv_device_get_info(fkv_device_info* info, fkv_device* device) {
     } else {
       cudaGetLastError();
     }
-    std::strncpy(info->name, device->properties.name, sizeof info->name - 1);
+    std::snprintf(info->name, sizeof info->name, "%.*s", static_cast<int>(sizeof info->name - 1), device->properties.name);
     return FKV_OK;
   });
 }

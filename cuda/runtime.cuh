@@ -56,6 +56,19 @@ int32_t check(const fkv_graph* graph);
 // FKV_OK for cudaSuccess. `device` may be null where none is open yet.
 int32_t status_of(fkv_device* device, cudaError_t error, const char* call);
 
+// While one lives, the calling thread may ask about work outside a capture that it has begun itself; CUDA otherwise breaks a
+// thread-local capture at any query, whatever it is of.
+class Beside {
+ public:
+  Beside() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Beside() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Beside(const Beside&) = delete;
+  Beside& operator=(const Beside&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // What an entry does before it issues anything to `stream`: the handle is alive, the device has not failed, a capture of the stream is
 // not broken; and the stream's device becomes the calling thread's.
 int32_t ready(fkv_stream* stream, const char* call);

@@ -1,13 +1,15 @@
-// npm run build [twin] [js] [cuda]: without a word, all three. `npm start` and `npm test` build the twin alone,
-// which takes milliseconds when nothing has changed.
+// npm run build [twin] [js] [cuda] [cuda:SM] [cuda:here]: without a word, the first three. `npm start`, `npm test` and
+// `npm run bench` build the twin and cuda:here, which takes milliseconds when nothing has changed.
 //   twin  dist/native/<platform>-<arch>/libfreekv_cpu.so   portable: never -march=native
 //   js    dist/lib, dist/ffi                               JS, types and maps for Node and Deno
 //   cuda  dist/native/<platform>-<arch>/libfreekv_cuda.so  every architecture we compile for
+//   cuda:SM    the same for one architecture alone, e.g. cuda:90a: what CI compiles
+//   cuda:here  the same for this machine's GPU; nothing where no driver and no device answers
 
 import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { BuildError, buildLibrary, findProgram, type Library, root, say } from "./native.ts";
+import { BuildError, buildLibrary, findProgram, isBuilt, type Library, root, say } from "./native.ts";
 
 const include = `-I${join(root, "cuda")}`;
 
@@ -47,10 +49,14 @@ function twin(): Library {
 }
 
 /** Real code for the data-centre and desktop chips we know of, and PTX of the newest for those to come. */
-const cudaArchitectures = ["80", "86", "89", "90", "100", "120"];
+const architectures: readonly string[] = ["80", "86", "89", "90a", "100", "120"];
+
+function findNvcc(): string | undefined {
+  return findProgram(["nvcc", "/usr/local/cuda/bin/nvcc"]);
+}
 
 function nvcc(): string {
-  const found = findProgram(["nvcc", "/usr/local/cuda/bin/nvcc"]);
+  const found = findNvcc();
   if (found !== undefined) return found;
   throw new BuildError(
     "CUDA not compiled: no nvcc; install the CUDA toolkit (13 or later) and put nvcc on PATH",
@@ -58,20 +64,41 @@ function nvcc(): string {
   );
 }
 
-function cuda(): Library {
-  const newest = cudaArchitectures.at(-1);
+/** For these architectures. The runtime is linked in and its symbols hidden; the driver is looked for at run time. */
+function cuda(sms: readonly string[], ptx: readonly string[]): Library {
   return {
     name: "freekv_cuda",
     title: "CUDA library",
-    sources: sources("cuda", ".cu"),
+    sources: [...sources("cuda", ".cu"), ...sources("cuda", ".cpp")],
     compileFlags: [
       ...["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", include],
-      ...cudaArchitectures.map((sm) => `-gencode=arch=compute_${sm},code=sm_${sm}`),
-      `-gencode=arch=compute_${newest},code=compute_${newest}`,
+      ...sms.map((sm) => `-gencode=arch=compute_${sm},code=sm_${sm}`),
+      ...ptx.map((sm) => `-gencode=arch=compute_${sm},code=compute_${sm}`),
     ],
-    linkFlags: ["-shared", "-cudart=static"],
+    linkFlags: ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"],
     compiler: nvcc,
   };
+}
+
+const everyCuda = (): Library => cuda(architectures, architectures.slice(-1));
+
+/** The architecture of this machine's first GPU, or undefined where no driver and no device answers. */
+function architectureHere(): string | undefined {
+  const program = findProgram(["nvidia-smi"]);
+  if (program === undefined) return undefined;
+  const { stdout } = Bun.spawnSync([program, "--query-gpu=compute_cap", "--format=csv,noheader"]);
+  const [, major, minor] = /^(\d+)\.(\d+)/.exec(stdout.toString()) ?? [];
+  if (major === undefined || minor === undefined || Number(major) < 8) return undefined;
+  return `${major}${minor}` === "90" ? "90a" : `${major}${minor}`;
+}
+
+async function buildCudaHere(): Promise<void> {
+  // With all architectures in it the library fits any device: it is not replaced by a smaller one.
+  if (isBuilt(everyCuda())) return;
+  const sm = architectureHere();
+  if (sm === undefined) return;
+  if (findNvcc() !== undefined) await buildNative(cuda([sm], []));
+  else say("a GPU answers, but there is no nvcc to build the CUDA library with; install the CUDA toolkit (13 or later)");
 }
 
 /** Of the files that the JS is made from: another hash, another build. */
@@ -128,8 +155,11 @@ async function buildNative(library: Library): Promise<void> {
 const targets: Record<string, () => Promise<void>> = {
   twin: () => buildNative(twin()),
   js: buildJs,
-  cuda: () => buildNative(cuda()),
+  cuda: () => buildNative(everyCuda()),
+  "cuda:here": buildCudaHere,
+  ...Object.fromEntries(architectures.map((sm) => [`cuda:${sm}`, () => buildNative(cuda([sm], []))])),
 };
+const usual: readonly string[] = ["twin", "js", "cuda"];
 
 async function main(words: readonly string[]): Promise<number> {
   const unknown = words.filter((word) => !(word in targets));
@@ -139,7 +169,7 @@ async function main(words: readonly string[]): Promise<number> {
   }
   let code = 0;
   for (const [name, build] of Object.entries(targets)) {
-    if (words.length > 0 && !words.includes(name)) continue;
+    if (!(words.length > 0 ? words : usual).includes(name)) continue;
     try {
       await build();
     } catch (error) {

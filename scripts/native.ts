@@ -49,9 +49,15 @@ export function findProgram(names: readonly string[]): string | undefined {
   return undefined;
 }
 
-/** Build the library if anything that goes into it has changed; return whether it was built. */
-export async function buildLibrary(library: Library): Promise<boolean> {
-  const start = performance.now();
+interface Plan {
+  units: { source: string; object: string }[];
+  file: string;
+  stampFile: string;
+  key: string;
+  built: boolean;
+}
+
+function planOf(library: Library): Plan {
   const texts = new Map<string, string>();
   const units = library.sources.map((source) => {
     const key = hash([...library.compileFlags, ...closure(source, texts)]);
@@ -60,8 +66,21 @@ export async function buildLibrary(library: Library): Promise<boolean> {
   const file = join(dist, `lib${library.name}.so`);
   const stampFile = join(cache, `lib${library.name}.stamp`);
   const key = hash([...library.linkFlags, ...units.map((unit) => unit.object)]);
-  if (existsSync(file) && existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp(key, file))
-    return false;
+  const built =
+    existsSync(file) && existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp(key, file);
+  return { units, file, stampFile, key, built };
+}
+
+/** Whether the library is there, made from what is there now. */
+export function isBuilt(library: Library): boolean {
+  return planOf(library).built;
+}
+
+/** Build the library if anything that goes into it has changed; return whether it was built. */
+export async function buildLibrary(library: Library): Promise<boolean> {
+  const start = performance.now();
+  const { units, file, stampFile, key, built } = planOf(library);
+  if (built) return false;
 
   const compiler = library.compiler();
   mkdirSync(cache, { recursive: true });

@@ -82,7 +82,7 @@ const node: Runtime = {
 export const runtimes: readonly Runtime[] = [bun, deno, node];
 
 /** The binary in the npm package `deno`, whose install script, which would link it, is not run. */
-export function findDeno(): string | undefined {
+function findDeno(): string | undefined {
   const dir = join(root, "node_modules", "@deno");
   for (const each of readdirSync(dir)) {
     for (const file of ["deno", "deno.exe"]) {

@@ -37,7 +37,7 @@ async function runJob({ label, files, runtime }: Job, pattern: string | undefine
     return { label, passed, failed: failed + (broken ? 1 : 0), skipped, seconds, output, note };
   };
   const command = runtime.command(files, pattern);
-  if (typeof command === "string") return ended(command, "");
+  if (typeof command === "string") return { ...ended("", ""), skipped: files.length, note: command };
   const refused = runtime.name === "Node" ? buildForNode() : undefined;
   if (refused !== undefined) return ended("could not be compiled", refused);
   const child = Bun.spawn(command, {

@@ -1,218 +1,27 @@
-// The command line, as a shell sees it: exit codes, what goes to stdout and what to stderr.
-
-import { type ChildProcess, spawn } from "node:child_process";
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { after, test } from "node:test";
+// The command line, as a shell sees it: what goes to stdout and what to stderr.
+import { existsSync } from "node:fs";
+import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { assert, assertEquals, assertGreater, assertMatch, assertNotEquals } from "@std/assert";
 import { wilson } from "../lib/cli/demo-table.ts";
-import { failureLine, failureOf } from "../lib/cli/failure.ts";
 import { Output } from "../lib/cli/output.ts";
-import { writeTinyCheckpoint } from "./checkpoints.ts";
-
-const cli = fileURLToPath(new URL("../lib/cli.ts", import.meta.url));
-const demoWeights = fileURLToPath(new URL("../lib/demo-model/model.safetensors", import.meta.url));
-const dir = mkdtempSync(join(tmpdir(), "freekv-cli-"));
-after(() => rmSync(dir, { recursive: true }));
-
-/** It never says end-of-sequence, so what it continues is as long as was asked. */
-const model = writeTinyCheckpoint(join(dir, "model"), {
-  tokenizer: true,
-  contextLength: 4096,
-  tied: false,
-  config: { eos_token_id: [] },
-});
-const file = (name: string, content: string | Uint8Array): string => {
-  writeFileSync(join(dir, name), content);
-  return join(dir, name);
-};
-const tokens = Array.from({ length: 700 }, (_, i) => (i * 37 + (i >> 3)) % 256);
-const tokensFile = file("tokens.json", JSON.stringify(tokens));
-
-interface Ended {
-  code: number | null;
-  out: string;
-  err: string;
-}
-
-function start(args: readonly string[]): ChildProcess {
-  return spawn(process.execPath, [cli, ...args], { stdio: ["pipe", "pipe", "pipe"] });
-}
-
-function ending(child: ChildProcess): Promise<Ended> {
-  let out = "";
-  let err = "";
-  child.stdout?.setEncoding("utf8").on("data", (text) => {
-    out += text;
-  });
-  child.stderr?.setEncoding("utf8").on("data", (text) => {
-    err += text;
-  });
-  return new Promise((resolve) => child.on("close", (code) => resolve({ code, out, err })));
-}
-
-function freekv(args: readonly string[], input = ""): Promise<Ended> {
-  const child = start(args);
-  child.stdin?.on("error", () => {}); // most commands read none
-  child.stdin?.end(input);
-  return ending(child);
-}
-
-const linesOf = (text: string): string[] => text.split("\n").slice(0, -1);
-// biome-ignore lint/suspicious/noExplicitAny: the tests assert the shape of what was printed
-const records = (text: string): any[] => linesOf(text).map((line) => JSON.parse(line));
-
-/** One line on stderr, nothing on stdout. */
-function assertRefused({ code, out, err }: Ended, exit: number, message: RegExp): void {
-  assertEquals(out, "");
-  assertMatch(err, message);
-  assertEquals(linesOf(err).length, 1, err);
-  assertMatch(err, /^freekv: /);
-  assertEquals(code, exit);
-}
-
-// Each with a library that does not exist: that would be exit 3, so exit 2 shows that nothing was loaded.
-const noLibrary = ["--library-path", join(dir, "missing.so")];
-const needle = (...more: string[]): string[] => ["demo", "--device", "cpu", "--model", model, ...more];
-const scored = (prefill: string, tokensFile: string): string[] => [
-  "score",
-  "--device",
-  "cpu",
-  "--model",
-  model,
-  "--tokens-file",
+import {
+  type Ended,
+  ending,
+  file,
+  freekv,
+  linesOf,
+  needle,
+  noLibrary,
+  records,
+  scored,
+  start,
+  tokens,
   tokensFile,
-  "--prefill",
-  prefill,
-];
-const told = (...more: string[]): string[] => ["generate", "--device", "cpu", "--model", model, ...more];
-const refusals: [string, string[], RegExp][] = [
-  ["an unknown command", ["dance"], /no command "dance"; the commands are demo, generate, score, doctor/],
-  ["an unknown flag", needle("--budgets", "4"), /unknown option '--budgets' \(Did you mean --budget\?\)/],
-  ["a flag without its value", needle("--budget"), /--budget <tokens>' argument missing/],
-  ["words that belong to nothing", needle("more"), /too many arguments/],
-  ["a count that is none", needle("--budget", "1.5"), /--budget .*must be a whole number/],
-  ["a policy that is none", needle("--policy", "best"), /Allowed choices are freekv, retrieve/],
-  ["a budget below sink, window and a page", needle("--budget", "192"), /raise --budget to at least 224/],
-  ["a budget of part of a page", needle("--budget", "1000"), /not a multiple of the page size 32/],
-  ["another page size", needle("--page-size", "48"), /--page-size: page size must be 16, 32 or 64/],
-  ["too few slots", needle("--slots", "3"), /raise --slots or lower --budget/],
-  ["tau beyond a cosine", needle("--tau", "1.5"), /--tau must be at most 1/],
-  ["tau for other layers", needle("--tau", "0.5,0.6,0.7"), /has 3 values, but the model has 2 layers/],
-  ["a device of no kind", needle("--device", "tpu"), /device must be auto, cpu, cuda or cuda:N/],
-  [
-    "captured with staged recall",
-    needle("--recall", "staged", "--orchestration", "captured"),
-    /orchestration "host"/,
-  ],
-  ["a book beyond the context", needle("--tokens", "4000"), /give at most 3840/],
-  ["a book too short", needle("--tokens", "100"), /give 1024 to 3840/],
-  ["no question", needle("--questions", "0"), /--questions must be 1 or more/],
-  ["a book that is not there", needle("--book", join(dir, "none.txt")), /none\.txt: no such file/],
-  ["a book that is a folder", needle("--book", dir), /is a folder/],
-  ["an empty book", needle("--book", file("blank", " \n ")), /has no text in it/],
-  [
-    "a book that is no text",
-    needle("--book", file("binary", new Uint8Array([1, 255, 0, 9]))),
-    /not UTF-8 text/,
-  ],
-  ["a book with NULs", needle("--book", file("nul", "a\0b")), /is a binary file/],
-  ["no model", ["generate", "--prompt", "a"], /'--model <dir>' not specified/],
-  [
-    "a model that is not there",
-    ["generate", "--model", join(dir, "none"), "--prompt", "a"],
-    /no config\.json/,
-  ],
-  ["no prompt", told(), /either --prompt or --prompt-file/],
-  ["two prompts", told("--prompt", "a", "--prompt-file", "b"), /either --prompt or --prompt-file/],
-  ["an empty prompt", told("--prompt", ""), /the prompt is empty/],
-  [
-    "a prompt file that is not there",
-    told("--prompt-file", join(dir, "none")),
-    /--prompt-file .*no such file/,
-  ],
-  ["a prompt beyond the context", told("--prompt", "x".repeat(5000)), /5001 tokens leave no room/],
-  ["a probability beyond 1", told("--prompt", "a", "--top-p", "1.5"), /--top-p must be at most 1/],
-  ["nothing to generate", told("--prompt", "a", "--max-tokens", "0"), /--max-tokens must be 1 or more/],
-  ["an empty stop text", told("--prompt", "a", "--stop", ""), /--stop .*must not be empty/],
-  ["a prefill of everything", scored("700", tokensFile), /give 1 to 699/],
-  ["a prefill of nothing", scored("0", tokensFile), /give 1 to 699/],
-  ["a token that is no number", scored("1", file("word", "1 2 three")), /item 2 is "three".*0 to 257/],
-  ["a token beyond the vocabulary", scored("1", file("big", "[1, 258]")), /item 1 is 258/],
-  ["a JSON array cut short", scored("1", file("cut", "[1, 2,")), /starts like a JSON array/],
-  ["too few tokens", scored("1", file("one", "7")), /holds 1 token ids/],
-  ["more tokens than the context", scored("1", file("many", "1 ".repeat(4097))), /4097 tokens do not fit/],
-];
+  told,
+} from "./cli/rig.ts";
 
-test("what the user did wrong is one line and exit 2, before anything is loaded", {
-  timeout: 60_000,
-}, async () => {
-  const queue = [...refusals];
-  const worker = async (): Promise<void> => {
-    for (let next = queue.shift(); next !== undefined; next = queue.shift()) {
-      const [what, args, message] = next;
-      const [command = "", ...rest] = args;
-      const ended = await freekv([command, ...noLibrary, ...rest]);
-      try {
-        assertRefused(ended, 2, message);
-      } catch (error) {
-        throw new Error(`${what}: ${args.join(" ").slice(0, 200)}`, { cause: error });
-      }
-    }
-  };
-  await Promise.all([worker(), worker(), worker()]);
-});
-
-test("a checkpoint that is damaged or of another kind is the user's to mend", {
-  timeout: 30_000,
-}, async () => {
-  const cut = writeTinyCheckpoint(join(dir, "cut-model"), { tokenizer: true });
-  writeFileSync(join(cut, "model.safetensors"), new Uint8Array(4));
-  const other = writeTinyCheckpoint(join(dir, "other-model"), {
-    config: { architectures: ["GPT2LMHeadModel"] },
-  });
-  const mute = writeTinyCheckpoint(join(dir, "mute-model"));
-  const generate = (model: string): Promise<Ended> =>
-    freekv(["generate", "--model", model, "--prompt", "a", ...noLibrary]);
-  assertRefused(await generate(cut), 2, /has 4 bytes, too few/);
-  assertRefused(await generate(other), 2, /GPT2LMHeadModel is not supported; supported: Llama/);
-  assertRefused(await generate(mute), 2, /no tokenizer\.json/);
-});
-
-test("what the machine lacks is exit 3; with --json an error is one JSON line", {
-  timeout: 30_000,
-}, async () => {
-  assertRefused(
-    await freekv([...told("--prompt", "a"), ...noLibrary]),
-    3,
-    /no cpu library.*missing\.so: no such file/,
-  );
-  const { code, out, err } = await freekv([...told("--prompt", "a", "--json"), ...noLibrary]);
-  assertEquals([code, out], [3, ""]);
-  const [{ error }, ...more] = records(err);
-  assertEquals(more, []);
-  assertEquals(Object.keys(error), ["code", "message"]);
-  assertEquals(error.code, "LIBRARY_NOT_FOUND");
-
-  const refused = await freekv(["demo", "--nope", "--json"]);
-  assertEquals([refused.code, refused.out], [2, ""]);
-  assertEquals(records(refused.err)[0].error.code, "BAD_ARGUMENT");
-});
-
-test("our own mistake is exit 1, with a stack only on request", () => {
-  const failure = failureOf(new TypeError("x is not\na function"));
-  assertEquals([failure.exit, failure.code], [1, "INTERNAL"]);
-  const short = failureLine(failure, { json: false, debug: false });
-  assertMatch(short, /^freekv: internal error: x is not a function; .*--debug/);
-  assert(!short.includes("\n"));
-  assertMatch(failureLine(failure, { json: false, debug: true }), /\n +at /);
-  assertEquals(Object.keys(JSON.parse(failureLine(failure, { json: true, debug: false })).error), [
-    "code",
-    "message",
-  ]);
-});
+const demoWeights = fileURLToPath(new URL("../lib/demo-model/model.safetensors", import.meta.url));
 
 test("help and version are answers", { timeout: 30_000 }, async () => {
   const version = await freekv(["--version"]);

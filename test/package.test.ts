@@ -12,23 +12,37 @@ import { assert, assertArrayIncludes, assertEquals, assertGreater, assertMatch }
 import { publint } from "publint";
 import { formatMessage } from "publint/utils";
 import { packageRoot } from "../ffi/root.ts";
-import { findProgram } from "../scripts/native.ts";
-import { findDeno } from "../scripts/runtimes.ts";
 
 const root = packageRoot();
-const npm = findProgram(["npm"]);
-const node = findProgram(["node"]);
-const skip = npm === undefined || node === undefined ? "node and npm are not on PATH" : false;
+const onPath = (name: string): boolean => spawnSync(name, ["--version"], { stdio: "ignore" }).status === 0;
+const skip = onPath("node") && onPath("npm") ? false : "node and npm are not on PATH";
 const timeout = 120_000;
 
 let dir = "";
 let tarball = "";
 let files: string[] = [];
 
-function run(program: string, words: readonly string[], cwd: string, env: NodeJS.ProcessEnv = process.env): string {
+function run(
+  program: string,
+  words: readonly string[],
+  cwd: string,
+  env: NodeJS.ProcessEnv = process.env,
+): string {
   const { status, stdout, stderr, error } = spawnSync(program, words, { cwd, env, encoding: "utf8" });
   assertEquals(status, 0, `${program} ${words.join(" ")}\n${error?.message ?? ""}${stdout}${stderr}`);
   return stdout;
+}
+
+/** The binary in the npm package `deno`: of two builds for one platform (glibc, musl), the one that runs. */
+function denoProgram(): string {
+  const folder = join(root, "node_modules", "@deno");
+  const found = readdirSync(folder).flatMap((each) => [
+    join(folder, each, "deno"),
+    join(folder, each, "deno.exe"),
+  ]);
+  const program = found.find(onPath);
+  assert(program !== undefined, `no Deno in ${folder} runs here`);
+  return program;
 }
 
 before(() => {
@@ -36,7 +50,7 @@ before(() => {
   dir = mkdtempSync(join(tmpdir(), "freekv-package-"));
   run(process.execPath, ["scripts/build.ts", "js", "twin"], root);
   const words = ["pack", "--ignore-scripts", "--json", "--pack-destination", dir];
-  const [packed] = JSON.parse(run(npm as string, words, root));
+  const [packed] = JSON.parse(run("npm", words, root));
   tarball = join(dir, packed.filename);
   files = packed.files.map((file: { path: string }) => file.path);
 });
@@ -44,18 +58,24 @@ after(() => {
   if (dir !== "") rmSync(dir, { recursive: true, force: true });
 });
 
-test("it holds the JavaScript, the types, the source, the twin and the demo model, and nothing else", { skip }, () => {
+test("it holds the JavaScript, the types, the source, the twin and the demo model, and nothing else", {
+  skip,
+}, () => {
   assertArrayIncludes(files, [
     ...["dist/lib/index.js", "dist/lib/index.d.ts", "dist/lib/index.js.map", "dist/lib/cli.js"],
     ...["dist/ffi/node.js", "dist/ffi/deno.js", "ffi/bun.ts", "lib/index.ts", "cuda/freekv.h"],
     ...[`dist/native/${process.platform}-${process.arch}/libfreekv_cpu.so`, "lib/demo-model/tokenizer.json"],
     ...["package.json", "LICENSE", "README.md"],
   ]);
-  const strange = files.filter((file) => !/^(dist\/(lib|ffi|native)|lib|ffi|cuda|scripts)\/|^[^/]+$/.test(file));
+  const strange = files.filter(
+    (file) => !/^(dist\/(lib|ffi|native)|lib|ffi|cuda|scripts)\/|^[^/]+$/.test(file),
+  );
   assertEquals(strange, []);
   // Types that name Bun's would be errors in everyone else's program.
   const declarations = files.filter((file) => file.endsWith(".d.ts"));
-  const naming = declarations.filter((file) => /bun-types|from "bun/.test(readFileSync(join(root, file), "utf8")));
+  const naming = declarations.filter((file) =>
+    /bun-types|from "bun/.test(readFileSync(join(root, file), "utf8")),
+  );
   assertEquals([declarations.length > 20, naming], [true, []]);
 });
 
@@ -74,7 +94,9 @@ test("the types resolve for whoever imports ES modules", { timeout, skip }, asyn
   assertArrayIncludes(Object.keys(result.entrypoints), [".", "./cuda"]);
   // The profile "esm-only": neither CommonJS nor the resolution that knows no exports.
   const others = new Set(["node10", "node16-cjs"]);
-  const problems = result.problems.filter((each) => !("resolutionKind" in each && others.has(each.resolutionKind)));
+  const problems = result.problems.filter(
+    (each) => !("resolutionKind" in each && others.has(each.resolutionKind)),
+  );
   assertEquals(problems, []);
 });
 
@@ -89,7 +111,7 @@ const bytes = host.view(Uint8Array);
 stream.copy(there, Uint8Array.from({ length: 64 }, (_, i) => 3 * i));
 stream.copy(host, there);
 stream.synchronize();
-const told = { library: device.libraryPath, copied: [...bytes], answers: [] };
+const told = { entry: import.meta.resolve("freekv/cuda"), library: device.libraryPath, copied: [...bytes], answers: [] };
 device[Symbol.dispose]();
 told.detached = bytes.length;
 
@@ -119,21 +141,21 @@ test("installed in an empty project it gives the same on Bun, Deno and Node", { 
   writeFileSync(join(project, "package.json"), '{ "private": true, "type": "module" }\n');
   writeFileSync(join(project, "main.js"), program);
   const words = ["install", tarball, "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"];
-  run(npm as string, words, project);
+  run("npm", words, project);
   const installed = readdirSync(join(project, "node_modules"));
-  for (const name of ["bun", "deno", "typescript", "bun-types", "mitata"]) assert(!installed.includes(name), name);
+  for (const name of ["bun", "deno", "typescript", "bun-types", "mitata"])
+    assert(!installed.includes(name), name);
 
-  const deno = findDeno();
-  assert(deno !== undefined, "node_modules has no Deno that runs here");
   const model = join(root, "test", "fixtures", "golden", "llama");
   const env = { ...process.env, PATH: "", NO_COLOR: "1" }; // no compiler, no other program
   const commands = {
     Bun: [process.execPath, "main.js"],
-    Deno: [deno, "run", "--allow-all", "--no-lock", "main.js"],
-    Node: [node as string, "main.js"],
+    Deno: [denoProgram(), "run", "--allow-all", "--no-lock", "main.js"],
+    Node: [run("node", ["-p", "process.execPath"], project).trim(), "main.js"],
   };
   const told = Object.entries(commands).map(([name, [first, ...rest]]) => {
     const out = JSON.parse(run(first as string, [...rest, model], project, env));
+    assertMatch(out.entry, name === "Bun" ? /freekv\/lib\/device\.ts$/ : /freekv\/dist\/lib\/device\.js$/);
     assertMatch(out.library, /project.node_modules.freekv.dist.native/, name);
     assertEquals([out.copied[21], out.detached], [63, 0], name);
     return out.answers as number[][];
@@ -142,5 +164,5 @@ test("installed in an empty project it gives the same on Bun, Deno and Node", { 
   assertEquals(told[1], told[0]);
   assertEquals(told[2], told[0]);
   const { version } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
-  assertEquals(run(npm as string, ["exec", "--offline", "--", "freekv", "--version"], project).trim(), version);
+  assertEquals(run("npm", ["exec", "--offline", "--", "freekv", "--version"], project).trim(), version);
 });

@@ -11,7 +11,7 @@ import {
   assertMatch,
 } from "@std/assert";
 import { Event, type Graph } from "../lib/device.ts";
-import { beginCapture, captureFork, elapsed, open, quickest, refused, timeout } from "./runtime.ts";
+import { beginCapture, captureFork, open, quickest, refused, timeout } from "./runtime.ts";
 
 // ---- graphs ----
 

@@ -42,7 +42,9 @@ test("freed memory is used again, and neighbours keep theirs", { timeout }, () =
   const sizes = [5000, 300, 70_000, 4096, 1];
   for (let round = 0; round < 20; round++) {
     const buffers = sizes.map((bytes) => device.alloc(bytes));
-    buffers.forEach((buffer, i) => stream.memset(buffer, i));
+    buffers.forEach((buffer, i) => {
+      stream.memset(buffer, i);
+    });
     for (const i of [3, 1]) buffers[i]?.[Symbol.dispose]();
     using again = device.alloc(300);
     using host = device.pinned(70_000);

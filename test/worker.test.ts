@@ -36,13 +36,19 @@ test("tokens stream from the worker, those of an engine on this thread, while ti
   assertGreaterOrEqual(ticks, 5);
 });
 
-test("an abort and a reader that leaves stop the generation, and the worker goes on", { timeout }, async () => {
+test("an abort and a reader that leaves stop the generation, and the worker goes on", {
+  timeout,
+}, async () => {
   await using engine = open(checkpoint());
   const controller = new AbortController();
   const reason = new Error("enough");
   let seen = 0;
   const aborted = await assertRejects(async () => {
-    for await (const _ of engine.generate(prompt, { maxTokens: 4000, ignoreEos: true, signal: controller.signal }))
+    for await (const _ of engine.generate(prompt, {
+      maxTokens: 4000,
+      ignoreEos: true,
+      signal: controller.signal,
+    }))
       if (++seen === 3) controller.abort(reason);
   });
   assertEquals([aborted, seen], [reason, 3]);
@@ -52,7 +58,9 @@ test("an abort and a reader that leaves stop the generation, and the worker goes
   assertEquals(refused.code, "BAD_ARGUMENT");
 });
 
-test("a worker that fails is reported to whoever waits for it, and to later callers", { timeout }, async () => {
+test("a worker that fails is reported to whoever waits for it, and to later callers", {
+  timeout,
+}, async () => {
   await using missing = open("no-such-folder");
   const error = (await assertRejects(() => collect(missing.generate(prompt)))) as Error;
   assertMatch(error.message, /no-such-folder/);
@@ -68,7 +76,8 @@ test("a worker that fails is reported to whoever waits for it, and to later call
 
   await using ended = open(checkpoint());
   const end = (await assertRejects(async () => {
-    for await (const _ of ended.generate(prompt, { maxTokens: 4000, ignoreEos: true })) await ended.worker.terminate();
+    for await (const _ of ended.generate(prompt, { maxTokens: 4000, ignoreEos: true }))
+      await ended.worker.terminate();
   })) as Error;
   assert(/ended with code/.test(end.message), end.message);
 });

@@ -47,8 +47,8 @@ export async function doctor(flags: EngineFlags, { out, start }: Session): Promi
     examine(kind, name, { libraryPath, debug }),
   );
   const working = findings.find((finding) => finding.device !== null);
-  const runtime =
-    process.versions.bun === undefined ? `Node ${process.versions.node}` : `Bun ${process.versions.bun}`;
+  const { bun, deno, node } = process.versions;
+  const runtime = bun ? `Bun ${bun}` : deno ? `Deno ${deno}` : `Node ${node}`;
   const machine = {
     runtime,
     platform: `${process.platform}-${process.arch}`,

@@ -64,7 +64,10 @@ function multiValue(name: string, values: readonly string[]): Fact {
   const later = values.slice(1).map((value, i) => `after ${values[i]} is ${value}`);
   return {
     kind: "multi-value",
-    statements: [`The gift of ${name} is ${first}.`, ...later.map((words) => `The gift of ${name} ${words}.`)],
+    statements: [
+      `The gift of ${name} is ${first}.`,
+      ...later.map((words) => `The gift of ${name} ${words}.`),
+    ],
     prompt: ask(`What are the ${COUNTS[values.length]} gifts of ${name}?`, `The gift of ${name} is`),
     answer: ` ${[first, ...later].join(", ")}.`,
   };

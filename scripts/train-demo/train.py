@@ -1,12 +1,13 @@
 """Trains the needle model and exports it as a Hugging Face folder.
 
-    python3 scripts/train-demo/train.py --out DIR --seconds 900 [--bun BUN] [--init CHECKPOINT]
+    python3 scripts/train-demo/train.py --out DIR --seconds 900 [--bun BUN]
 
 Training is boxed in time: lengths double from 256 to 16384, each for its share of the seconds; the learning rate
 decays linearly over the last 40%. The seed fixes weights and data; the number of steps depends on the machine.
-DIR gets model/, log.txt, curve.csv, results.json and last.pt.
+DIR gets model/, log.txt, curve.csv, results.json and, every 45 s, last.pt.
 """
 import argparse
+import concurrent.futures
 import csv
 import json
 import os
@@ -16,8 +17,7 @@ import torch
 
 import data
 import evaluate as ev
-from model import CONFIG, Needle, fastest_attention
-from muon import Muon
+from model import Needle, fastest_attention
 
 #: Tokens a step: small steps while the look-up forms, which takes many; large ones on long documents.
 STEP_TOKENS = {256: 32768, 512: 32768, 1024: 32768, 2048: 65536, 4096: 65536, 8192: 65536, 16384: 65536}
@@ -32,13 +32,10 @@ flags = argparse.ArgumentParser()
 flags.add_argument("--out", required=True)
 flags.add_argument("--seconds", type=float, default=900)
 flags.add_argument("--seed", type=int, default=1)
-flags.add_argument("--lr", type=float, default=1e-3, help="AdamW's")
-flags.add_argument("--muon", type=float, default=0.0, help="Muon's learning rate for hidden matrices; 0: AdamW for all")
-flags.add_argument("--lengths", type=int, default=16384, help="train no longer than this, and do not evaluate if below 16384")
+flags.add_argument("--lr", type=float, default=1e-3)
 flags.add_argument("--bun", default="bun")
 flags.add_argument("--work", default="/dev/shm/train-demo")
 flags.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-flags.add_argument("--init", help="weights to start from (a last.pt)")
 flags.add_argument("--books", type=int, default=16, help="evaluation books of each length")
 args = flags.parse_args()
 
@@ -61,17 +58,9 @@ shards = data.Shards(args.bun, args.work, filler, {t: max(2, round(n * scale)) f
 torch.manual_seed(args.seed)
 torch.backends.cuda.matmul.allow_tf32 = True
 model = Needle(args.seed).cuda()
-if args.init:
-    model.load_state_dict(torch.load(args.init, map_location="cuda")["model"])
 count = sum(p.numel() for p in model.parameters())
 log(f"{torch.cuda.get_device_name()} torch {torch.__version__}; {count} parameters, {2 * count} bytes in bf16; {vars(args)}")
 decayed = [p for p in model.parameters() if p.ndim == 2]
-muon = None
-if args.muon:
-    q, kv = CONFIG["heads"] * CONFIG["head_dim"], CONFIG["kv_heads"] * CONFIG["head_dim"]
-    stacked = dict(wqkv=(q, kv, kv), wgu=(CONFIG["mlp"], CONFIG["mlp"]), wo=(CONFIG["width"],), wd=(CONFIG["width"],))
-    muon = Muon([(l[name], sizes) for l in model.layers for name, sizes in stacked.items()], args.muon)
-    decayed = [model.embedding]
 plain = [p for p in model.parameters() if p.ndim < 2]
 optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05), dict(params=plain, weight_decay=0.0)],
                               lr=args.lr, betas=(0.9, 0.98), fused=True)
@@ -82,8 +71,6 @@ def eval_books(length, seed):
     path = f"{args.work}/eval-{length}-{seed}.jsonl"
     if not os.path.exists(path):
         per_process = [(path + f".{i}", 1000000 + seed * 1000 + length + i) for i in range(args.books)]
-        import concurrent.futures
-
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda job: data.make(args.bun, job[0], length, 1, job[1], held_out, "--evaluate"), per_process))
         with open(path, "w") as f:
@@ -99,8 +86,6 @@ def warm_up():
         cos, sin = (y.repeat(2, 1) for y in model.angles(torch.arange(size // 2, device="cuda")))
         loss, _ = model.loss(tokens, tokens, some, some, cos, sin, fastest_attention(*tokens.shape))
         loss.backward()
-    if muon:
-        muon.step(0.0)
     optimizer.zero_grad(set_to_none=True)
     next(shards.batches(256, 1))
     torch.cuda.synchronize()
@@ -113,7 +98,7 @@ def train():
     step = tokens_seen = 0
     sums = torch.zeros(4, device="cuda")
     start = mark = saved = time.time()
-    left = {length: share for length, share in SHARES.items() if length <= args.lengths}
+    left = dict(SHARES)
     for length in list(left):
         step_tokens = STEP_TOKENS[length]
         documents = step_tokens // length
@@ -142,8 +127,6 @@ def train():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
             optimizer.step()
-            if muon:
-                muon.step(scale)
             optimizer.zero_grad(set_to_none=True)
             sums += parts
             step += 1
@@ -196,6 +179,5 @@ def finish():
 
 warm_up()
 train()
-if args.lengths == max(SHARES):
-    finish()
+finish()
 log("done")

@@ -3,7 +3,14 @@
 // through it, and closing it stops the generation. Whatever ends the worker rejects what still waits; only a crash in
 // native code ends the whole process, as threads do.
 import { on, once } from "node:events";
-import { isMainThread, MessageChannel, type MessagePort, parentPort, Worker, workerData } from "node:worker_threads";
+import {
+  isMainThread,
+  MessageChannel,
+  type MessagePort,
+  parentPort,
+  Worker,
+  workerData,
+} from "node:worker_threads";
 import {
   demoModel,
   Engine,
@@ -35,7 +42,10 @@ export class EngineWorker implements AsyncDisposable {
     this.worker.on("exit", (code) => this.#ended.abort(new Error(`the worker ended with code ${code}`)));
   }
 
-  async *generate(prompt: Prompt, { signal, ...options }: Options = {}): AsyncGenerator<Token, void, undefined> {
+  async *generate(
+    prompt: Prompt,
+    { signal, ...options }: Options = {},
+  ): AsyncGenerator<Token, void, undefined> {
     const { port1: port, port2 } = new MessageChannel();
     const ends = AbortSignal.any(signal === undefined ? [this.#ended.signal] : [signal, this.#ended.signal]);
     try {
@@ -43,7 +53,7 @@ export class EngineWorker implements AsyncDisposable {
       this.worker.postMessage({ prompt, options, port: port2 } satisfies Request, [port2]);
       for await (const [reply] of on(port, "message", { signal: ends }) as AsyncIterable<[Reply]>) {
         if ("done" in reply) return;
-        if ("error" in reply) throw reply.error.code ? new FreeKVError(reply.error.code, reply.error.message) : reply.error;
+        if ("error" in reply) throw errorOf(reply.error);
         yield reply.token;
       }
     } catch (error) {
@@ -62,6 +72,10 @@ export class EngineWorker implements AsyncDisposable {
   }
 }
 
+function errorOf({ code, message }: { code?: ErrorCode; message: string }): Error {
+  return code === undefined ? new Error(message) : new FreeKVError(code, message);
+}
+
 /** The worker's side. A model that cannot be loaded ends the worker with that error. */
 async function serve(): Promise<void> {
   const { dir, options } = workerData as { dir: string; options: EngineOptions };
@@ -76,7 +90,8 @@ async function serve(): Promise<void> {
     port.on("close", () => closed.abort());
     const reply = (each: Reply): void => port.postMessage(each);
     try {
-      for await (const token of engine.generate(prompt, { ...options, signal: closed.signal })) reply({ token });
+      for await (const token of engine.generate(prompt, { ...options, signal: closed.signal }))
+        reply({ token });
       reply({ done: true });
     } catch (error) {
       const { code, message } = error as FreeKVError;
@@ -88,7 +103,8 @@ async function serve(): Promise<void> {
 if (!isMainThread) await serve();
 else if (import.meta.main) {
   await using engine = new EngineWorker(demoModel, { budget: 1024, sink: 64, window: 128 });
-  for await (const { text } of engine.generate("The code of amber is leopard.\n\nQuestion: What is the code of amber?\nAnswer: The code of amber is", { maxTokens: 4 }))
-    process.stdout.write(text);
+  const prompt =
+    "The code of amber is leopard.\n\nQuestion: What is the code of amber?\nAnswer: The code of amber is";
+  for await (const { text } of engine.generate(prompt, { maxTokens: 4 })) process.stdout.write(text);
   console.log();
 }

@@ -1,0 +1,73 @@
+// cluster.cuh: blocks that share one task, as a cluster that sees its members' shared memory (Hopper and data-centre Blackwell), or as
+// one block that does the work of all. Kernels are templates over the number; what they compute does not depend on it.
+#pragma once
+#include <cooperative_groups.h>
+
+#include <utility>
+
+#include "common.cuh"
+
+namespace fkv {
+
+constexpr int kClusterBlocks = 8;  // the most that every chip with clusters takes
+
+inline bool has_clusters(const fkv_stream* stream) {
+  const int major = stream->device->properties.major;
+  return major == 9 || major == 10;
+}
+
+// The calling block's cluster: kBlocks blocks along x.
+template <int kBlocks>
+struct Cluster {
+  __device__ static int rank() { return static_cast<int>(blockIdx.x) % kBlocks; }
+  // All threads of all its blocks; also orders their shared memory.
+  __device__ static void sync() {
+    if constexpr (kBlocks == 1) {
+      __syncthreads();
+    } else {
+#if __CUDA_ARCH__ >= 900
+      cooperative_groups::this_cluster().sync();
+#else
+      __trap();  // never launched there
+#endif
+    }
+  }
+  // The same variable in block `rank`'s shared memory; between two sync().
+  template <class Value>
+  __device__ static const Value* of(const Value* shared, int rank) {
+    if constexpr (kBlocks == 1) {
+      return shared;
+    } else {
+#if __CUDA_ARCH__ >= 900
+      return cooperative_groups::this_cluster().map_shared_rank(const_cast<Value*>(shared), rank);
+#else
+      return shared;
+#endif
+    }
+  }
+};
+
+// Launches with clusters of `blocks` along x; grid.x is a multiple of it.
+template <class... Parameters, class... Arguments>
+int32_t launch_clusters(fkv_stream* stream, const char* call, void (*kernel)(Parameters...), int blocks, dim3 grid, int threads,
+                        size_t shared_bytes, Arguments&&... arguments) {
+  if (const int32_t status = allow_shared(stream, call, kernel, shared_bytes)) return status;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream->handle;
+  config.attrs = &cluster;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return status_of(stream->device, error, call);
+  }
+  return FKV_OK;
+}
+
+}  // namespace fkv
