@@ -1,110 +1,109 @@
-// What the host pays: calls by their number of arguments, polls, reads of pinned memory, structs, objects, launches.
+// What the host pays, under each runtime: calls by their number and types of arguments, launches, polls, reads of pinned
+// memory, structs, objects.
 
-import { dlopen, type FFIFunction } from "bun:ffi";
-import { do_not_optimize, measure } from "mitata";
-import { Device, pack, read, size, write } from "../lib/device.ts";
-import { emptyRow } from "../lib/row.ts";
-import type { Bench } from "./bench.ts";
+import { existsSync, readdirSync } from "node:fs";
+import { join } from "node:path";
+import type { Bench, BenchOptions } from "./bench.ts";
+import { root } from "./machine.ts";
 import { compile } from "./native.ts";
 import type { Row } from "./table.ts";
 
-type Call = (...args: number[]) => number;
-const argumentCounts = [0, 2, 4, 8, 12] as const;
+interface Runtime {
+  readonly name: string;
+  /** The command line without the script, or why it cannot be run here. */
+  readonly command: readonly string[] | string;
+  /** Bun runs the TypeScript; the others run JavaScript, on dist. */
+  readonly source: boolean;
+}
+interface Measured {
+  readonly case: string;
+  readonly median: number;
+  readonly p25: number;
+  readonly p75: number;
+  readonly best: number;
+}
 
-/** bench/calls.cpp through Bun's FFI, as ffi/bun.ts binds the ABI; each function already given its arguments. */
-function bareCalls(): [string, () => unknown][] {
-  const name = (n: number): string => `call${n}`;
-  const args = (n: number): ("ptr" | "i32")[] => Array.from({ length: n }, (_, i) => (i % 2 ? "i32" : "ptr"));
-  const table: Record<string, FFIFunction> = Object.fromEntries(
-    argumentCounts.map((n) => [name(n), { args: args(n), returns: "i32" as const }]),
-  );
-  const { symbols } = dlopen(compile("calls", { shared: true }), table);
-  const f = symbols as unknown as Record<string, Call>;
-  const [f0, f2, f4, f8, f12] = argumentCounts.map((n) => f[name(n)]) as [Call, Call, Call, Call, Call];
-  const p = 4096; // only passed on, never read
+const source = join(root, "bench", "ffi-cases.ts");
+
+function runs(program: string): boolean {
+  try {
+    return Bun.spawnSync([program, "--version"], { stdout: "ignore", stderr: "ignore" }).success;
+  } catch {
+    return false;
+  }
+}
+
+/** The binary in the npm package `deno`: of two builds for one platform (glibc, musl), the one that runs. */
+function denoProgram(): string | undefined {
+  const dir = join(root, "node_modules", "@deno");
+  const folders = existsSync(dir) ? readdirSync(dir) : [];
+  return folders.flatMap((each) => [join(dir, each, "deno"), join(dir, each, "deno.exe")]).find(runs);
+}
+
+function runtimes(): Runtime[] {
+  const deno = denoProgram();
+  const denoWords = ["run", "--quiet", "--no-lock", "--no-check", "--allow-all"];
   return [
-    ["FFI call, 0 arguments", () => f0()],
-    ["FFI call, 2 arguments", () => f2(p, 1)],
-    ["FFI call, 4 arguments", () => f4(p, 1, p, 1)],
-    ["FFI call, 8 arguments", () => f8(p, 1, p, 1, p, 1, p, 1)],
-    ["FFI call, 12 arguments", () => f12(p, 1, p, 1, p, 1, p, 1, p, 1, p, 1)],
+    { name: "Bun", command: [process.execPath, "run"], source: true },
+    {
+      name: "Deno",
+      command: deno === undefined ? "node_modules has no Deno for this machine" : [deno, ...denoWords],
+      source: false,
+    },
+    { name: "Node", command: runs("node") ? ["node"] : "node is not on PATH", source: false },
   ];
 }
 
-/** Cases that leave nothing behind. */
-function deviceCases(device: Device, debug: Device, owned: DisposableStack): [string, () => unknown][] {
-  const stream = owned.use(device.stream());
-  const event = owned.use(device.event());
-  const done = owned.use(device.event());
-  const word = owned.use(device.alloc(256));
-  const pinned = owned.use(device.pinned(4096));
-  const view = pinned.view(Int32Array);
-  const row = new ArrayBuffer(size.fkv_row);
-  const rowView = new DataView(row);
-  const results = new DataView(new ArrayBuffer(size.fkv_result));
-  const bytes = new BigUint64Array(1);
-  const graph = owned.use(
-    stream.capture(() => {
-      for (let i = 0; i < 20; i++) stream.memset(word, i);
-    }),
-  );
-  stream.record(event);
-  stream.synchronize();
-  return [
-    ["ABI call, 4 arguments, status checked", () => device.lib.fkv_chain_scratch_bytes(bytes, 1, 256, 256)],
-    ["the same in debug mode", () => debug.lib.fkv_chain_scratch_bytes(bytes, 1, 256, 256)],
-    ["poll an event: event.query()", () => event.query()],
-    ["read pinned memory: a typed array", () => do_not_optimize(view[7])],
-    ["read pinned memory: Atomics.load", () => Atomics.load(view, 7)],
-    ["pack fkv_row into a kept buffer", () => pack.fkv_row(emptyRow, { into: row })],
-    ["write fkv_row through a kept view", () => write.fkv_row(rowView, 0, emptyRow)],
-    ["pack fkv_row into a new buffer", () => pack.fkv_row(emptyRow)],
-    ["read fkv_result, every field", () => read.fkv_result(results, 0)],
-    ["create and dispose: event", () => device.event()[Symbol.dispose]()],
-    ["create and dispose: stream (a thread)", () => device.stream()[Symbol.dispose]()],
-    ["create and dispose: 4 KiB of device memory", () => device.alloc(4096)[Symbol.dispose]()],
-    ["create and dispose: 4 KiB of pinned memory", () => device.pinned(4096)[Symbol.dispose]()],
-    [
-      "launch and synchronize: one memset",
-      () => {
-        stream.memset(word, 1);
-        stream.synchronize();
-      },
-    ],
-    [
-      "launch and synchronize: a graph of 20 memsets",
-      () => {
-        stream.launch(graph);
-        stream.synchronize();
-      },
-    ],
-    [
-      "launch, record and wait for the event",
-      () => {
-        stream.memset(word, 1);
-        stream.record(done);
-        done.synchronize();
-      },
-    ],
-  ];
+/** The cases as JavaScript, and the package as Node and Deno read it. */
+async function build(): Promise<string> {
+  const js = Bun.spawnSync([process.execPath, join(root, "scripts", "build.ts"), "js"], { cwd: root });
+  if (!js.success) throw new Error(`the JavaScript could not be built:\n${js.stdout}${js.stderr}`);
+  const outdir = join(root, ".cache", "bench");
+  const external = ["#backend", "freekv/cuda", "mitata"];
+  const built = await Bun.build({ entrypoints: [source], outdir, target: "node", external });
+  if (!built.success) throw new Error(`${source} could not be built: ${built.logs.join("\n")}`);
+  return join(outdir, "ffi-cases.js");
+}
+
+function measureIn(command: readonly string[], script: string, library: string): Measured[] {
+  const { success, stdout, stderr } = Bun.spawnSync([...command, script, library], { cwd: root });
+  if (!success) throw new Error(`${command[0]} failed:\n${stdout}${stderr}`);
+  const lines = stdout.toString().trim().split("\n");
+  return lines.map((line) => JSON.parse(line) as Measured);
+}
+
+/** "Bun 1.4.5" */
+function versionOf(name: string, command: readonly string[]): string {
+  const said = Bun.spawnSync([command[0] as string, "--version"]).stdout.toString();
+  return `${name} ${/\d+\.\d+\.\d+/.exec(said)?.[0] ?? ""}`;
 }
 
 export const ffi: Bench = {
   title: "FFI: what the host pays",
-  async run({ say }) {
-    using owned = new DisposableStack();
-    const device = owned.use(Device.open({ device: "cpu" }));
-    const debug = owned.use(Device.open({ device: "cpu", debug: true }));
+  async run({ say }: BenchOptions) {
+    const library = compile("calls", { shared: true });
+    const script = await build();
+    const notes = ["mitata. Nanoseconds, median; the CPU twin's device."];
+    const versions: string[] = [];
     const rows: Row[] = [];
-    for (const [name, work] of [...bareCalls(), ...deviceCases(device, debug, owned)]) {
+    for (const { name, command, source: runsSource } of runtimes()) {
+      if (typeof command === "string") {
+        notes.push(`Without ${name}: ${command}.`);
+        continue;
+      }
       say(name);
-      const { p25, p50, p75, min } = await measure(work, {
-        min_cpu_time: 150e6,
-        warmup_samples: 2,
-        inner_gc: false,
-      });
-      rows.push({ case: name, unit: "ns", median: p50, p25, p75, best: min });
+      versions.push(versionOf(name, command));
+      for (const each of measureIn(command, runsSource ? source : script, library)) {
+        const { case: title, median, p25, p75, best } = each;
+        rows.push({ runtime: name, case: title, unit: "ns", median, p25, p75, best });
+      }
     }
-    return { rows, notes: ["mitata. Times of one call or of the line named, in nanoseconds."] };
+    const names = [...new Set(rows.map((row) => row.runtime as string))];
+    const shown = [...new Set(rows.map((row) => row.case as string))].map((title) => {
+      const of = (name: string): Row | undefined =>
+        rows.find((row) => row.runtime === name && row.case === title);
+      return { case: title, ...Object.fromEntries(names.map((name) => [name, of(name)?.median ?? null])) };
+    });
+    return { rows, shown, notes: [...notes, `${versions.join(", ")}.`] };
   },
 };

@@ -12,6 +12,7 @@ import { planOf } from "../lib/plan.ts";
 import { GatherRecall } from "../lib/recall.ts";
 import { rowOf } from "../lib/row.ts";
 import { select } from "../lib/select.ts";
+import { Waits } from "../lib/waits.ts";
 
 /** A layer of Llama-3.1-8B. */
 export const shape = {
@@ -100,7 +101,7 @@ export class Layer8b implements Disposable {
     const held = this.lane.pagesHeld(o.tokens, g.pageSize).filter((page) => page < nPages);
     copier.copy({ frames: made.frames, pages: held }, this.lane.pages(this.cache, held), all, this.stream);
     this.stream.copy(this.lane.qPrev, randomF32(o.layers * g.heads * g.headDim));
-    this.#recall = owned.use(new GatherRecall(device, this.cache));
+    this.#recall = owned.use(new GatherRecall(device, this.cache, new Waits()));
     this.stream.synchronize();
     this.#owned = owned.move();
   }

@@ -80,7 +80,7 @@ async function runOne(name: string, bench: Bench): Promise<void> {
   else {
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     const notes = [...(table.notes ?? []), ...(disturbed === undefined ? [] : [disturbed])];
-    console.log(`## ${bench.title}\n\n${markdown({ rows: table.rows, notes })}\n`);
+    console.log(`## ${bench.title}\n\n${markdown({ rows: table.shown ?? table.rows, notes })}\n`);
     console.log(`${from.machine} · commit ${from.commit} · ${from.date} · ${seconds} s\n`);
   }
   // The device that these benches run on is the CPU twin; its files are named so.

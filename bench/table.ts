@@ -6,6 +6,8 @@ export type Row = Readonly<Record<string, Value>>;
 
 export interface Table {
   readonly rows: readonly Row[];
+  /** What the Markdown table shows, where that is not all of `rows`. */
+  readonly shown?: readonly Row[] | undefined;
   /** What a reader must know to judge the rows; a sentence each. */
   readonly notes?: readonly string[];
 }

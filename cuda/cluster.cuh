@@ -62,12 +62,9 @@ int32_t launch_clusters(fkv_stream* stream, const char* call, void (*kernel)(Par
   config.stream = stream->handle;
   config.attrs = &cluster;
   config.numAttrs = blocks > 1 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    return status_of(stream->device, error, call);
-  }
-  return FKV_OK;
+  // What it returns is also the last error, which `launched` takes.
+  static_cast<void>(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  return launched(stream, call);
 }
 
 }  // namespace fkv

@@ -71,7 +71,7 @@ __device__ __forceinline__ float to_f32(float value) { return value; }
 __device__ __forceinline__ float to_f32(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_f32(__half value) { return __half2float(value); }
 
-// Rounds to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN keeps its sign and is stored as the twin stores it (CUDA's own conversions give 0x7fff for all of them).
 template <class T>
 __device__ __forceinline__ T from_f32(float value);
 template <>
@@ -80,11 +80,13 @@ __device__ __forceinline__ float from_f32<float>(float value) {
 }
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
+  const auto nan = static_cast<unsigned short>(__float_as_uint(value) >> 16 | 0x40u);
+  return value != value ? __ushort_as_bfloat16(nan) : __float2bfloat16_rn(value);
 }
 template <>
 __device__ __forceinline__ __half from_f32<__half>(float value) {
-  return __float2half_rn(value);
+  const auto nan = static_cast<unsigned short>((__float_as_uint(value) >> 16 & 0x8000u) | 0x7e00u);
+  return value != value ? __ushort_as_half(nan) : __float2half_rn(value);
 }
 
 // Element i where the type is only known at run time.

@@ -143,7 +143,7 @@ class Ending {
       const int32_t row = row0 + index(0) / O, out = out0 + index(0) % O;
       if (valid_[0] && out % 2 == 0) {
         const float gate = sums[0];
-        to.y[row * to.y_stride + out / 2] = gate / (1.0f + expf(-gate)) * up;
+        to.y[row * to.y_stride + out / 2] = gate / __fadd_rn(1.0f, expf(-gate)) * up;  // never fused with exp's last step
       }
       return;
     }

@@ -141,6 +141,7 @@ int32_t drain(fkv_device* device, const char* call) {
 
 fkv_device::~fkv_device() {
   graphs.clear();
+  modules.clear();
   events.clear();
   streams.clear();
   ledger.clear(fkv::release);
@@ -225,6 +226,10 @@ int32_t fkv_device_get_info(fkv_device_info* info, fkv_device* device) {
     info->allocated_bytes = static_cast<double>(usage.device);
     info->pinned_bytes = static_cast<double>(usage.pinned);
     info->total_bytes = static_cast<double>(device->properties.totalGlobalMem);
+    info->shared_bytes_per_block = static_cast<double>(device->properties.sharedMemPerBlockOptin);
+    info->l2_bytes = device->properties.l2CacheSize;
+    info->max_threads_per_block = device->properties.maxThreadsPerBlock;
+    info->warp_size = device->properties.warpSize;
     size_t free = 0, total = 0;
     const Beside beside;
     // Of a failed device only the accounts are known.

@@ -21,7 +21,7 @@ struct Unit {
   int32_t n, layer, head;  // n candidates
 };
 
-// The least and the greatest value of a set of pages' scores, or rather: their maximum, and Σ exp(score − maximum).
+// Of a set of scores: their maximum, and Σ exp(score − maximum).
 struct Tally {
   float maximum, sum;
 };
@@ -65,7 +65,7 @@ __device__ __forceinline__ void score_pages(float (&raw)[kSetHeads], const fkv_c
         for (int i = 0; i < 8; ++i) sum = fmaf(x[h][i], x[h][i] > 0.0f ? greatest.v[i] : least.v[i], sum);
         for (int32_t step = width / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
         sum = __shfl_sync(kAllLanes, sum, lane % pages * width);  // to the lane that the page belongs to
-        if (lane / pages == turn + j) raw[h] = cache.score_scale * sum;
+        if (lane / pages == turn + j) raw[h] = __fmul_rn(cache.score_scale, sum);  // never contracted with what follows
       }
     }
   }
@@ -134,7 +134,7 @@ template <class T, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 2)
     estimate_kernel(const __grid_constant__ fkv_cache cache, const __grid_constant__ fkv_workspace workspace, const float* qkv,
                     int32_t layer, int32_t stage, int32_t width, int64_t kept) {
-  extern __shared__ float shared[];  // tallies [own blocks][G], then `kept` raw scores
+  extern __shared__ __align__(16) float shared[];  // tallies [own blocks][G], then `kept` raw scores
   __shared__ Tally whole[kMaxGroup];  // of all candidates; `sum` as its reciprocal
   const int32_t rank = Cluster<kBlocks>::rank(), head = blockIdx.y, row_index = blockIdx.z, group = cache.n_q_heads / cache.n_kv_heads;
   const fkv_row& row = cache.rows[row_index];

@@ -65,6 +65,9 @@ typedef struct fkv_device_info {
   double total_bytes, free_bytes;        // device memory
   double allocated_bytes;                // by fkv_device_alloc, now
   double pinned_bytes;                   // by fkv_host_alloc and fkv_host_register, now
+  double shared_bytes_per_block;         // the most that a kernel may ask for; this and the next three are 0 for the twin
+  double l2_bytes;
+  int32_t max_threads_per_block, warp_size;
   char name[128];
 } fkv_device_info;
 FKV_API int32_t fkv_device_count(int32_t* count);
@@ -90,6 +93,8 @@ FKV_API int32_t fkv_memcpy_async(void* dst, const void* src, uint64_t bytes, fkv
 // `height` rows of `width` bytes, `*_pitch` bytes apart.
 FKV_API int32_t fkv_memcpy_2d_async(void* dst, uint64_t dst_pitch, const void* src, uint64_t src_pitch, uint64_t width, uint64_t height, fkv_stream* stream);
 FKV_API int32_t fkv_memset_async(void* dst, int32_t value, uint64_t bytes, fkv_stream* stream);
+// `height` rows of `width` bytes, `pitch` bytes apart; what lies between them stays.
+FKV_API int32_t fkv_memset_2d_async(void* dst, uint64_t pitch, int32_t value, uint64_t width, uint64_t height, fkv_stream* stream);
 // Writes up to 3072 bytes, copied from any host memory at the call, to device memory when the stream gets there.
 FKV_API int32_t fkv_write_async(void* dst, const void* src, uint64_t bytes, fkv_stream* stream);
 
@@ -210,7 +215,7 @@ typedef struct fkv_row {
 // Counts of one step of one row, over all layers and heads.
 typedef struct fkv_counters {
   int32_t heads, flagged;        // heads checked (policies that check), flagged
-  int32_t selected, hits;        // pages selected; of them found in a slot
+  int32_t selected, hits;        // pages selected; of them found in a slot (NEXT serving a flagged head again: not counted twice)
   int32_t misses_now;            // pages recalled from the host before attention
   int32_t misses_next;           // recalled for the next step
   int32_t moved;                 // copied from the window on the device: neither hit nor miss
@@ -220,7 +225,7 @@ typedef struct fkv_counters {
 // What a step tells the host about a row; an entry of the pinned output ring.
 typedef struct fkv_result {
   int32_t token, argmax;
-  float logprob;                 // of `target`, or of `token`; natural log, temperature not applied
+  float logprob;                 // of `target`, or of `token`; natural log, temperature not applied; NaN if no logit is above −inf
   int32_t n_top;
   uint64_t stall_ns;             // *stall at that moment (cumulative)
   fkv_counters counters;
@@ -359,6 +364,42 @@ FKV_API int32_t fkv_prefill_append(const fkv_cache* cache, const fkv_prefill_par
 // Causal attention of the chunk to every token 0..start+i, keys in blocks of 64 absolute positions, ascending: a token's bits do not depend
 // on where chunks begin.
 FKV_API int32_t fkv_prefill_attend(const fkv_cache* cache, const fkv_prefill_params* params, fkv_stream* stream);
+
+// ---- modules: kernels that are not ours ----
+// CUDA only: the twin refuses all of these with UNSUPPORTED.
+typedef struct fkv_module fkv_module;
+typedef struct fkv_kernel fkv_kernel;    // belongs to its module
+typedef struct fkv_program fkv_program;  // what a compiler made; belongs to whoever had it made
+
+// image: `bytes` of a cubin, a fatbin or PTX, copied at the call; PTX is compiled for the device now. BAD_ARGUMENT for what the driver
+// cannot load, with its log.
+FKV_API int32_t fkv_module_load(fkv_module** module, const void* image, uint64_t bytes, fkv_device* device);
+// Waits for the device's work. The module's kernels are invalid afterwards; graphs that hold launches of them must not be launched again.
+FKV_API int32_t fkv_module_unload_sync(fkv_module* module);
+// A kernel by its name in the image (`extern "C"`, or the mangled one), zero-terminated. sizes [n_arguments]: bytes of each argument, 4
+// or 8. BAD_ARGUMENT where the module has no such kernel (the text lists those it has), or it takes other arguments.
+FKV_API int32_t fkv_module_kernel(fkv_kernel** kernel, const char* name, const int32_t* sizes, int32_t n_arguments, fkv_module* module);
+
+typedef struct fkv_launch_params {
+  uint32_t struct_bytes;
+  uint32_t grid[3];        // blocks
+  uint32_t block[3];       // threads of a block
+  uint32_t cluster[3];     // blocks of a cluster; all 0: no clusters
+  uint32_t shared_bytes;   // dynamic shared memory of a block
+  int32_t reserved;
+} fkv_launch_params;
+// arguments: the values in order, each aligned to its size, copied at the call. BAD_ARGUMENT where the kernel cannot run in this shape.
+FKV_API int32_t fkv_kernel_launch(fkv_kernel* kernel, const fkv_launch_params* params, const void* arguments, fkv_stream* stream);
+
+// Compiles CUDA C++ for the device with NVRTC, which is looked for when this is called: UNSUPPORTED where it is not installed. All texts
+// are zero-terminated. name: of the source, in messages. options: one text after another, then an empty one; without an architecture
+// among them, the device's. library: NVRTC's file, or empty: the system's. A source that does not compile is no error of the call: the
+// program has a log, and no image.
+FKV_API int32_t fkv_program_compile_sync(fkv_program** program, const char* source, const char* name, const char* options, const char* library, fkv_device* device);
+FKV_API int32_t fkv_program_sizes(uint64_t* image_bytes, uint64_t* log_bytes, fkv_program* program);
+// image [image_bytes] (a cubin, or PTX where options ask for a virtual architecture) and log [log_bytes]; either may be null.
+FKV_API int32_t fkv_program_read(void* image, char* log, fkv_program* program);
+FKV_API int32_t fkv_program_destroy(fkv_program* program);
 
 #ifdef __cplusplus
 }

@@ -157,7 +157,8 @@ void launch_multiply(const Multiply& job, cudaStream_t stream) {
   }
   if (n_rows == 1) return launch_multiply<T, true, 1, 4, 4, 4>(job, stream);
   if (n_rows <= 4) return launch_multiply<T, true, 4, 4, 2, 4>(job, stream);
-  return launch_multiply<T, true, 8, 8, sizeof(T) == 2 ? 2 : 1, 8>(job, stream);
+  // As wide as registers allow without spilling.
+  return launch_multiply<T, true, 8, sizeof(T) == 2 ? 8 : 4, 1, 8>(job, stream);
 }
 
 }  // namespace

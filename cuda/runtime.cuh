@@ -133,6 +133,7 @@ struct fkv_device {
   std::unordered_map<const fkv_stream*, std::unique_ptr<fkv_stream>> streams{};
   std::unordered_map<const fkv_event*, std::unique_ptr<fkv_event>> events{};
   std::unordered_map<const fkv_graph*, std::unique_ptr<fkv_graph>> graphs{};
+  std::unordered_map<const fkv_module*, std::shared_ptr<fkv_module>> modules{};
   std::vector<std::shared_ptr<fkv::Capture>> captures{};  // in progress
 
   std::mutex failure_mutex{};

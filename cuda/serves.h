@@ -52,6 +52,12 @@ FKV_INLINE Query serves(const fkv_cache& cache, const fkv_row& row, const fkv_la
   return all || !flagged ? Query::previous : Query::none;
 }
 
+// Whether this service's pages count as selected and as hits: a flagged head that NEXT serves again, for a page that joins or for
+// the prefetch, selected with the same q before.
+FKV_INLINE bool counts_selection(const fkv_cache& cache, int32_t layer, int32_t row_index, int32_t head, int32_t stage) {
+  return stage != FKV_NEXT || flags_of(cache, layer, row_index)[head] == 0;
+}
+
 // Floats of one row of qkv.
 FKV_INLINE int64_t qkv_width(const fkv_cache& cache) {
   return static_cast<int64_t>(cache.n_q_heads + 2 * cache.n_kv_heads) * cache.head_dim;

@@ -3,7 +3,7 @@
 import { existsSync } from "node:fs";
 import { load } from "#backend";
 import { FKV_ABI_VERSION, FKV_OK } from "./constants.ts";
-import { type LibraryKind, libraryPlaces, type Place } from "./search.ts";
+import { type LibraryKind, libraryPlaces, type Place, wayToGet } from "./search.ts";
 import { failureOf, type ToError } from "./status.ts";
 import { type Backend, type Calls, type EntryName, entryNames, symbolTable } from "./symbols.ts";
 import { validate } from "./validate.ts";
@@ -19,6 +19,8 @@ export interface LibraryOptions {
 export interface Library {
   readonly path: string;
   readonly kind: LibraryKind;
+  /** Whether every argument of every call is checked. */
+  readonly debug: boolean;
   readonly calls: Calls;
   /** A view of memory that C owns: 1 to 2^32 bytes. Whoever frees that memory detaches the view first. */
   toArrayBuffer(address: number, bytes: number): ArrayBuffer;
@@ -45,12 +47,12 @@ export function openLibrary(kind: LibraryKind, options: LibraryOptions): Library
   }
   const mismatch = misses.some((miss) => miss.mismatch);
   const list = misses.map(({ path, reason }) => `\n  ${path}: ${reason}`).join("");
-  const wayOut = kind === "cpu" ? "npm run build:twin" : "npm run build (needs nvcc)";
+  const what = options.libraryPath === undefined ? `${kind} library` : "library at libraryPath";
   throw options.toError({
     code: mismatch ? "ABI_MISMATCH" : "LIBRARY_NOT_FOUND",
     message: mismatch
-      ? `the ${kind} library is of another version than this code; rebuild it: ${wayOut}. Tried:${list}`
-      : `no ${kind} library could be loaded; build it (${wayOut}) or pass libraryPath. Tried:${list}`,
+      ? `the ${what} is of another version than this code; get one of this version: ${wayToGet(kind)}. Tried:${list}`
+      : `no ${what} could be loaded; get one (${wayToGet(kind)}), or say where one is: libraryPath, on the command line --library-path. Tried:${list}`,
     detail: { kind, tried: misses.map(({ path, origin, reason }) => ({ path, origin, reason })) },
   });
 }
@@ -112,6 +114,7 @@ function wrap(path: string, backend: Backend, { debug = false, toError }: Librar
   return {
     path,
     kind: raw.fkv_backend() === "cuda" ? "cuda" : "cpu",
+    debug,
     calls: calls as unknown as Calls,
     toArrayBuffer: backend.toArrayBuffer,
     detach: backend.detach,

@@ -19,6 +19,10 @@ export const layouts = {
     free_bytes: "f64",
     allocated_bytes: "f64",
     pinned_bytes: "f64",
+    shared_bytes_per_block: "f64",
+    l2_bytes: "f64",
+    max_threads_per_block: "i32",
+    warp_size: "i32",
     name: "char[128]",
   },
   fkv_phase: {
@@ -194,6 +198,14 @@ export const layouts = {
     qkv: "ptr",
     out: "ptr",
     frames: "fkv_frames",
+  },
+  fkv_launch_params: {
+    struct_bytes: "u32",
+    grid: "u32[3]",
+    block: "u32[3]",
+    cluster: "u32[3]",
+    shared_bytes: "u32",
+    reserved: "i32",
   },
 } as const;
 

@@ -1,5 +1,6 @@
 // Where a native library may be: design section 8's order.
 
+import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -28,6 +29,15 @@ export function libraryPlaces(kind: LibraryKind, libraryPath?: string | URL): Pl
     places.unshift({ path: join(platformPackage, file), origin: "platform package" });
   }
   return places;
+}
+
+/** How to get a library that works. Only a clone of the repository has what the build needs. */
+export function wayToGet(kind: LibraryKind): string {
+  const clone = existsSync(join(packageRoot(), "package-lock.json"));
+  if (clone) return kind === "cpu" ? "npm run build:twin" : "npm run build (needs nvcc)";
+  return kind === "cpu"
+    ? "reinstall this version of freekv"
+    : "npm run build in a clone of freekv's repository (needs nvcc); the package has the CPU twin alone";
 }
 
 /** An optional package that carries built libraries alone, if it is installed. */

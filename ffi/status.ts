@@ -44,7 +44,7 @@ const meanings: Readonly<Record<number, Meaning>> = {
   [constants.FKV_ABI_MISMATCH]: {
     name: "ABI_MISMATCH",
     code: "ABI_MISMATCH",
-    wayOut: "rebuild the native library of this version: npm run build",
+    wayOut: "use the native library of this very version",
   },
   [constants.FKV_CAPTURE]: {
     name: "CAPTURE",

@@ -38,8 +38,8 @@ export type Read<N extends StructName> = {
   -readonly [F in Exclude<keyof Layout<N>, "struct_bytes" | "reserved">]: ReadValue<Layout<N>[F]>;
 };
 
-/** How one kind of field is laid out; `path` names the field in errors. */
-interface Codec {
+/** How one kind of field, or of a kernel's argument, is laid out; `path` names the field in errors. */
+export interface Codec {
   size: number;
   align: number;
   write(view: DataView, at: number, value: unknown, path: string): void;
@@ -70,7 +70,8 @@ function readU64(view: DataView, at: number): number {
 }
 
 const maxSafe = Number.MAX_SAFE_INTEGER;
-const scalars: Record<string, Codec> = {
+/** The scalars of C by their names in layouts.ts. */
+export const scalars: Readonly<Record<string, Codec>> = {
   u32: {
     size: 4,
     align: 4,

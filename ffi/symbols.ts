@@ -36,6 +36,7 @@ export const signatures = {
   fkv_memcpy_2d_async:
     "dst: ptr, dst_pitch: u64, src: mem, src_pitch: u64, width: u64, height: u64, stream: ptr",
   fkv_memset_async: "dst: ptr, value: i32, bytes: u64, stream: ptr",
+  fkv_memset_2d_async: "dst: ptr, pitch: u64, value: i32, width: u64, height: u64, stream: ptr",
   fkv_write_async: "dst: ptr, src: mem, bytes: u64, stream: ptr",
 
   fkv_stream_create: "stream: buf, device: ptr",
@@ -77,6 +78,15 @@ export const signatures = {
   fkv_pages_digest: "cache: buf, params: buf, digest_kind: i32, stream: ptr",
   fkv_prefill_append: "cache: buf, params: buf, stream: ptr",
   fkv_prefill_attend: "cache: buf, params: buf, stream: ptr",
+
+  fkv_module_load: "module: buf, image: mem, bytes: u64, device: ptr",
+  fkv_module_unload_sync: "module: ptr",
+  fkv_module_kernel: "kernel: buf, name: buf, sizes: buf, n_arguments: i32, module: ptr",
+  fkv_kernel_launch: "kernel: ptr, params: buf, arguments: buf, stream: ptr",
+  fkv_program_compile_sync: "program: buf, source: buf, name: buf, options: buf, library: buf, device: ptr",
+  fkv_program_sizes: "image_bytes: buf, log_bytes: buf, program: ptr",
+  fkv_program_read: "image: buf, log: buf, program: ptr",
+  fkv_program_destroy: "program: ptr",
 } as const;
 
 export type EntryName = keyof typeof signatures;

@@ -6,6 +6,7 @@ import { ringEntries } from "./cache.ts";
 import type { Core } from "./core.ts";
 import { type Deferred, deferred } from "./deferred.ts";
 import type { Event } from "./device.ts";
+import { FreeKVError } from "./errors.ts";
 import { sampleFirst } from "./model.ts";
 import { emptyRow, type Row, rowOf, type Sampling } from "./row.ts";
 import type { State } from "./state.ts";
@@ -14,6 +15,13 @@ import type { State } from "./state.ts";
 const unknown = -1;
 
 export type Result = ReturnType<typeof read.fkv_result>;
+
+/** What a step told of a run: how long its attention waited, and when the host heard of it (performance.now). */
+export interface Told {
+  readonly result: Result;
+  readonly stallMs: number;
+  readonly at: number;
+}
 
 /** What a run does in its i-th launch: draw the first token from the lane's logits, or feed a token (null: the one drawn last). */
 export type Launch = { draw: true } | { draw: false; token: number | null; target: number };
@@ -33,8 +41,8 @@ export class Run {
   launched = 0;
   delivered = 0;
   taken = 0;
-  readonly results: { result: Result; stallMs: number }[] = [];
-  waiting: Deferred<{ result: Result; stallMs: number }> | null = null;
+  readonly results: Told[] = [];
+  waiting: Deferred<Told> | null = null;
   drained: Deferred<void> | null = null;
 
   constructor(state: State, total: number, sampling: Sampling, launch: (i: number) => Launch) {
@@ -79,7 +87,8 @@ export class Batch implements Disposable {
   }
 
   /** The next result of a run. */
-  next(run: Run): Promise<{ result: Result; stallMs: number }> {
+  next(run: Run): Promise<Told> {
+    if (this.#failure) return Promise.reject(this.#failure);
     const ready = run.results.shift();
     run.waiting = deferred();
     const { promise } = run.waiting;
@@ -129,10 +138,14 @@ export class Batch implements Disposable {
     }
   }
 
+  /** Milliseconds that steps waited, in all. */
+  get stallMs(): number {
+    return this.#stallNs / 1e6;
+  }
+
   /** Launches until every waiting run is one step ahead of what it asked for. */
   #launchAhead(): void {
-    if (this.#failure) throw this.#failure;
-    for (;;) {
+    while (!this.#failure) {
       const behind = [...this.#runs].filter((run) => run.behind);
       if (behind.length === 0 || this.#inFlight.length >= ringEntries - 1) return;
       const drawing = behind.filter((run) => run.launch(run.launched).draw);
@@ -142,29 +155,39 @@ export class Batch implements Disposable {
 
   #launch(runs: readonly Run[], draw: boolean): void {
     const { cache, decoder, geometry, orchestration } = this.#core;
-    const rows: Row[] = [];
+    const entry = (this.#step % ringEntries) * cache.maxRows;
+    const control = (row: number, values: Row): void =>
+      write.fkv_row(this.#control, (entry + row) * size.fkv_row, values);
     const able: Run[] = [];
     for (const run of runs) {
       try {
-        rows.push(this.#row(run));
+        control(able.length, this.#row(run));
         able.push(run);
       } catch (error) {
-        this.#reject(run, error);
+        this.#reject(run, error); // one run's failure is its own
       }
     }
     if (able.length === 0) return;
     const bucket = 2 ** Math.ceil(Math.log2(able.length));
-    const entry = (this.#step % ringEntries) * cache.maxRows;
-    for (let i = 0; i < bucket; i++)
-      write.fkv_row(this.#control, (entry + i) * size.fkv_row, rows[i] ?? emptyRow);
-    if (draw) sampleFirst(decoder, bucket);
-    else
-      orchestration.step(
-        Array.from({ length: bucket }, (_, i) => {
-          const state = able[i]?.state;
-          return state ? { lane: state.lane, completesPage: state.length % geometry.pageSize === 0 } : null;
-        }),
-      );
+    for (let i = able.length; i < bucket; i++) control(i, emptyRow);
+    try {
+      if (draw) sampleFirst(decoder, bucket);
+      else
+        orchestration.step(
+          Array.from({ length: bucket }, (_, i) => {
+            const state = able[i]?.state;
+            return state ? { lane: state.lane, completesPage: state.length % geometry.pageSize === 0 } : null;
+          }),
+        );
+    } catch (error) {
+      // Nothing was sampled, so the ring's entry is still this step's; the tokens that it was to feed are not in the sequences.
+      for (const run of able) {
+        if (!draw) run.state.ids.pop();
+        this.#reject(run, error);
+      }
+      if (error instanceof FreeKVError && error.code === "DEVICE_FAILED") this.#fail(error);
+      return;
+    }
     const done = this.#events[this.#step % ringEntries] as Event;
     decoder.compute.record(done);
     this.#inFlight.push({ step: this.#step++, runs: able, done });
@@ -191,6 +214,7 @@ export class Batch implements Disposable {
 
   #deliver({ step, runs }: InFlight): void {
     const entry = (step % ringEntries) * this.#core.cache.maxRows;
+    const at = performance.now();
     let stallMs = 0;
     for (const [i, run] of runs.entries()) {
       const result = read.fkv_result(this.#results, (entry + i) * size.fkv_result);
@@ -198,18 +222,19 @@ export class Batch implements Disposable {
         stallMs = (result.stall_ns - this.#stallNs) / 1e6;
         this.#stallNs = result.stall_ns;
       }
-      const at = run.base + run.delivered++;
+      const position = run.base + run.delivered++;
       run.tokens.push(result.token);
-      if (run.state.ids[at] === unknown) run.state.ids[at] = result.token;
-      if (run.waiting) this.#hand(run, { result, stallMs });
-      else run.results.push({ result, stallMs });
+      if (run.state.ids[position] === unknown) run.state.ids[position] = result.token;
+      const told = { result, stallMs, at };
+      if (run.waiting) this.#hand(run, told);
+      else run.results.push(told);
       if (!run.drained || !run.complete) continue;
       this.#runs.delete(run);
       run.drained.resolve();
     }
   }
 
-  #hand(run: Run, told: { result: Result; stallMs: number }): void {
+  #hand(run: Run, told: Told): void {
     run.taken++;
     run.waiting?.resolve(told);
     run.waiting = null;

@@ -24,10 +24,11 @@ export class CapturedOrchestration implements Disposable, Stages {
 
   /** Issues one step: replays the graph of its bucket, which the first step of that size captures. */
   step(rows: readonly unknown[]): void {
-    const { compute } = this.#d;
+    const { compute, waits } = this.#d;
     let graph = this.#graphs.get(rows.length);
     if (!graph) {
       this.#rows = rows.length;
+      waits.next();
       graph = compute.capture(() => decodeStep(this.#d, this, rows.length));
       this.#graphs.set(rows.length, graph);
     }
@@ -54,14 +55,14 @@ export class CapturedOrchestration implements Disposable, Stages {
   speculate(layer: number): void {
     const { compute, side, waits } = this.#d;
     const attended = this.#attended[layer] as Event;
-    compute.record(attended);
+    waits.record(compute, attended);
     waits.on(side, attended, "speculate-after-attend");
     this.#retrieve(layer, FKV_NEXT, this.#d.cache.next, { prepare: 0, finish: 1, stall: 0 });
   }
 
   join(): void {
     const { cache, compute, device, side, waits } = this.#d;
-    side.record(this.#branch);
+    waits.record(side, this.#branch);
     device.lib.fkv_clock_start(cache.stallMark.address, compute.handle);
     waits.on(compute, this.#branch, "step-after-branch");
     device.lib.fkv_clock_stop(cache.stall.address, cache.stallMark.address, compute.handle);

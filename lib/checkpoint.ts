@@ -39,8 +39,13 @@ export interface ModelConfig {
 const ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
 const ROPE_TYPES = ["default", "linear", "llama3", "yarn"];
 
-const size = z.int().positive();
-const tokenId = z.int().nonnegative();
+/** The native code counts with int32. */
+const MOST = 2 ** 31 - 1;
+/** Far beyond any model's; frequencies are made of it before a tensor is looked at. */
+const MOST_HEAD_DIM = 4096;
+
+const size = z.int().min(1).max(MOST);
+const tokenId = z.int().min(0).max(MOST);
 const ropeKeys = z.looseObject({
   rope_type: z.string().nullish(),
   type: z.string().nullish(), // the name of rope_type before transformers 4.43
@@ -58,7 +63,7 @@ const configFile = z.object({
   num_hidden_layers: size,
   num_attention_heads: size,
   num_key_value_heads: size.nullish(),
-  head_dim: size.nullish(),
+  head_dim: z.int().min(1).max(MOST_HEAD_DIM).nullish(),
   hidden_act: z.string().default("silu"),
   max_position_embeddings: size,
   original_max_position_embeddings: size.nullish(),
@@ -136,7 +141,7 @@ export function parseConfig(json: unknown, generation: unknown, path: string): M
     intermediate: file.intermediate_size,
     vocab: file.vocab_size,
     eps: file.rms_norm_eps,
-    contextLength: contextLengthOf(file, scaling),
+    contextLength: contextLengthOf(file, scaling, path),
     tied: file.tie_word_embeddings,
     qkvBias: architecture === "Qwen2ForCausalLM" || hasAttentionBias(file, architecture),
     oBias: hasAttentionBias(file, architecture),
@@ -181,6 +186,7 @@ function headDimOf(file: ConfigFile, architecture: string, path: string): number
         `(${file.num_attention_heads}) where head_dim is not given`,
     );
   }
+  if (headDim > MOST_HEAD_DIM) throw unsupported(path, `head_dim ${headDim}`, `at most ${MOST_HEAD_DIM}`);
   // Rows of the KV cache are read 16 bytes at a time: 8 values of the narrowest dtype.
   if (headDim % 8 !== 0) throw unsupported(path, `head_dim ${headDim}`, "multiples of 8");
   return headDim;
@@ -209,10 +215,15 @@ function scalingOf(file: ConfigFile, path: string): RopeScaling {
 }
 
 /** A config that turns YaRN on may or may not have raised max_position_embeddings; the larger is meant. */
-function contextLengthOf(file: ConfigFile, scaling: RopeScaling): number {
+function contextLengthOf(file: ConfigFile, scaling: RopeScaling, path: string): number {
   const given = file.max_position_embeddings;
   if (scaling.rope_type !== "yarn") return given;
-  return Math.max(given, Math.round(yarnFactor(scaling, given) * scaling.original_max_position_embeddings));
+  const long = Math.max(
+    given,
+    Math.round(yarnFactor(scaling, given) * scaling.original_max_position_embeddings),
+  );
+  if (long > MOST) throw unsupported(path, `a context of ${long} tokens`, `at most ${MOST}`);
+  return long;
 }
 
 /** A window at least as long as the context hides nothing and is let pass. */

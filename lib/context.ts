@@ -4,9 +4,17 @@
 import type { Library } from "../ffi/index.ts";
 import type { Calls } from "../ffi/symbols.ts";
 import { FreeKVError, unlessFailed } from "./errors.ts";
+import type { Launches } from "./launches.ts";
+
+/** A device, or something that lives on one. */
+export interface OnDevice {
+  /** For this folder's own files: what everything on one device shares. */
+  readonly context: DeviceContext;
+}
 
 export class DeviceContext {
   readonly library: Library;
+  readonly launches: Launches;
   /** Outputs of calls that return one value at once; read before the next call. */
   readonly u64: BigUint64Array = new BigUint64Array(1);
   readonly i32: Int32Array = new Int32Array(1);
@@ -14,8 +22,9 @@ export class DeviceContext {
   readonly #children = new Set<Handle>();
   #handle: number;
 
-  constructor(library: Library, handle: number) {
+  constructor(library: Library, launches: Launches, handle: number) {
     this.library = library;
+    this.launches = launches;
     this.#handle = handle;
   }
 
@@ -51,8 +60,8 @@ export class DeviceContext {
 }
 
 /** Something of a device that C knows by an address. Valid until it or its device is disposed. */
-export abstract class Handle implements Disposable {
-  protected readonly context: DeviceContext;
+export abstract class Handle implements Disposable, OnDevice {
+  readonly context: DeviceContext;
   readonly #what: string;
   #handle: number;
 

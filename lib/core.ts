@@ -88,7 +88,7 @@ export class Core implements Disposable {
     );
     const waits = new Waits(o.omitWait);
     const recalls: Record<typeof recall, () => Recall> = {
-      gather: () => new GatherRecall(device, this.cache),
+      gather: () => new GatherRecall(device, this.cache, waits),
       staged: () => new StagedRecall(device, this.cache, waits, o.stagingBuffers ?? 2),
       fragmented: () => new FragmentedRecall(device, this.cache, waits),
     };
@@ -108,11 +108,15 @@ export class Core implements Disposable {
       check: owned.use(new Check(device, this.cache)),
       recall: owned.use(recalls[recall]()),
       waits,
-      digestKind: o.digest === "arkvale" ? 1 : 0,
+      digestKind: o.digest === "arkvale" || o.estimate === "paper-speed" ? 1 : 0,
     };
     this.copier = owned.use(new PageCopier(device, this.cache));
     this.prefill = owned.use(
-      new Prefill(this.decoder, this.copier, { split, dtype, prefillKv: o.prefillKv ?? "device" }),
+      new Prefill(this.decoder, this.copier, new Waits(o.omitWait), {
+        split,
+        dtype,
+        prefillKv: o.prefillKv ?? "device",
+      }),
     );
     this.laneMemory = owned.use(new LaneMemory(device));
     const captured = (o.orchestration ?? (recall === "gather" ? "captured" : "host")) === "captured";
@@ -144,6 +148,9 @@ export class Core implements Disposable {
     this.decoder.compute.record(event);
     await event.done();
   }
+  get hasLane(): boolean {
+    return this.#freeLanes.length > 0;
+  }
   takeLane(): number | undefined {
     return this.#freeLanes.pop();
   }
@@ -170,7 +177,7 @@ export class Core implements Disposable {
       { layers: geometry.layers },
       compute,
     );
-    if (lane.plan.speculation !== FKV_SPECULATE_NEXT) return;
+    if (lane.plan.speculation !== FKV_SPECULATE_NEXT || length >= this.options.maxContext) return; // no step follows a full context
     const row = rowOf(lane, { position: length });
     compute.write(cache.first, new Uint8Array(pack.fkv_row(row)));
     device.lib.fkv_control_load(
@@ -181,10 +188,13 @@ export class Core implements Disposable {
       1,
       compute.handle,
     );
+    // The first step's attention waits for all of it.
+    device.lib.fkv_clock_start(cache.stallMark.address, compute.handle);
     for (let layer = 0; layer < geometry.layers; layer++) {
       select(device, cache, cache.next, act.qkv, layer, FKV_FIRST, 1, compute);
-      waits.on(compute, recall.start(cache.next, layer, [lane], compute).event(), "attend-after-speculation");
+      waits.on(compute, recall.start(cache.next, layer, [lane], compute).event(), "first-after-selection");
     }
+    device.lib.fkv_clock_stop(cache.stall.address, cache.stallMark.address, compute.handle);
     const counts = cache.firstCounts.address + lane.index * size.fkv_counters;
     compute.copy(counts, cache.counters, size.fkv_counters);
   }

@@ -6,8 +6,9 @@ import type { LibraryKind } from "../ffi/search.ts";
 import type { Failure } from "../ffi/status.ts";
 import { pack, read, size } from "../ffi/structs.ts";
 import type { CallArgs, Calls, EntryName } from "../ffi/symbols.ts";
-import { badArgument, DeviceContext } from "./context.ts";
+import { badArgument, DeviceContext, type OnDevice } from "./context.ts";
 import { FreeKVError } from "./errors.ts";
+import { Launches } from "./launches.ts";
 import { DeviceBuffer, PinnedBuffer } from "./memory.ts";
 import { Event, Stream } from "./stream.ts";
 
@@ -15,6 +16,15 @@ export * from "../ffi/constants.ts";
 export { offsets, pack, read, size, write } from "../ffi/structs.ts";
 export { type ErrorCode, FreeKVError } from "./errors.ts";
 export { DeviceBuffer, type Memory, PinnedBuffer } from "./memory.ts";
+export {
+  type Arguments,
+  type ArgumentType,
+  type CompileOptions,
+  type Dimensions,
+  Kernel,
+  type LaunchOptions,
+  Module,
+} from "./module.ts";
 export { Event, Graph, Stream } from "./stream.ts";
 
 export type DeviceName = "cpu" | `cuda:${number}`;
@@ -22,7 +32,10 @@ export type DeviceName = "cpu" | `cuda:${number}`;
 export interface LibraryChoice {
   /** The native library to load, instead of searching for it. */
   libraryPath?: string | URL | undefined;
-  /** Validate every argument of every call into the library. */
+  /**
+   * Validate every argument of every call into the library, and wait for each kernel of yours where it is launched, so that
+   * what goes wrong in it is reported there.
+   */
   debug?: boolean | undefined;
 }
 
@@ -53,28 +66,45 @@ export interface DeviceInfo extends DeviceMemory {
   readonly computeCapability: string | null;
   /** Of a GPU; the twin's compute threads. */
   readonly multiprocessors: number;
+  /** What a kernel may ask for: this and the next three are 0 for the twin, which runs none of yours. */
+  readonly maxThreadsPerBlock: number;
+  readonly sharedBytesPerBlock: number;
+  readonly warpSize: number;
+  readonly l2Bytes: number;
 }
 
 export interface DeviceListing {
+  /** What Device.open takes as `device`. */
   readonly device: DeviceName;
   readonly libraryPath: string;
 }
 
-export class Device implements Disposable {
+/** A library, and what is known of the kernels that its errors may be about. */
+interface Opened {
+  readonly library: Library;
+  readonly launches: Launches;
+}
+
+export class Device implements Disposable, OnDevice {
   /** "cpu" or "cuda:N": what `device` would say to get this one again. */
   readonly name: DeviceName;
   readonly backend: LibraryKind;
   readonly libraryPath: string;
   /** Why "auto" took the CPU twin; undefined if it was asked for, or was not taken. */
   readonly fallback: string | undefined;
-  readonly #context: DeviceContext;
+  readonly context: DeviceContext;
 
-  private constructor(library: Library, ordinal: number, handle: number, fallback: string | undefined) {
+  private constructor(
+    { library, launches }: Opened,
+    ordinal: number,
+    handle: number,
+    fallback: string | undefined,
+  ) {
     this.name = library.kind === "cpu" ? "cpu" : `cuda:${ordinal}`;
     this.backend = library.kind;
     this.libraryPath = library.path;
     this.fallback = fallback;
-    this.#context = new DeviceContext(library, handle);
+    this.context = new DeviceContext(library, launches, handle);
   }
 
   /**
@@ -82,7 +112,7 @@ export class Device implements Disposable {
    * Errors: BAD_ARGUMENT; LIBRARY_NOT_FOUND and ABI_MISMATCH, which list every path tried; NO_DEVICE; OUT_OF_MEMORY.
    */
   static open(options: DeviceOptions = {}): Device {
-    checkOptions(options);
+    checkOptions("Device.open", options);
     const wanted = options.device ?? "auto";
     if (wanted === "cpu") return Device.#openOn(load("cpu", options), 0, options);
     if (wanted !== "auto") {
@@ -97,7 +127,8 @@ export class Device implements Disposable {
     }
   }
 
-  static #openOn(library: Library, ordinal: number, options: DeviceOptions, fallback?: string): Device {
+  static #openOn(opened: Opened, ordinal: number, options: DeviceOptions, fallback?: string): Device {
+    const { library } = opened;
     const params = pack.fkv_device_params({
       ordinal,
       schedule_seed: options.scheduleSeed ?? 0,
@@ -113,64 +144,72 @@ export class Device implements Disposable {
     }
     const handle = new BigUint64Array(1);
     library.calls.fkv_device_open(handle, params);
-    return new Device(library, ordinal, Number(handle[0]), fallback);
+    return new Device(opened, ordinal, Number(handle[0]), fallback);
   }
 
-  /** Every device that could be opened, GPUs first. A library that cannot be loaded has none. */
+  /**
+   * Every device that could be opened, GPUs first. A library that is searched for in vain has none.
+   * Errors: BAD_ARGUMENT; LIBRARY_NOT_FOUND and ABI_MISMATCH for a library at `libraryPath`.
+   */
   static list(options: LibraryChoice = {}): DeviceListing[] {
-    const kinds: readonly LibraryKind[] = options.libraryPath === undefined ? ["cuda", "cpu"] : ["cpu"];
+    checkOptions("Device.list", options);
+    const given = options.libraryPath !== undefined;
+    // A library at a path says itself what it is.
+    const kinds: readonly LibraryKind[] = given ? ["cpu"] : ["cuda", "cpu"];
     return kinds.flatMap((kind) => {
       try {
-        const library = open(kind, options);
+        const { library } = open(kind, options);
         const name = (i: number): DeviceName => (library.kind === "cpu" ? "cpu" : `cuda:${i}`);
         return Array.from({ length: deviceCount(library) }, (_, i) => ({
           device: name(i),
           libraryPath: library.path,
         }));
       } catch (error) {
-        if (error instanceof FreeKVError && noCuda.has(error.code)) return [];
+        const none = given ? noDevice : noCuda;
+        if (error instanceof FreeKVError && none.has(error.code)) return [];
         throw error;
       }
     });
   }
 
   get handle(): number {
-    return this.#context.handle;
+    return this.context.handle;
   }
 
   /** Every entry of the ABI, bound: a status that is not FKV_OK throws FreeKVError. Structs come from `pack`. */
   get lib(): Calls {
-    return this.#context.lib;
+    return this.context.lib;
   }
 
   /** An entry by its name, for what a loop does not call. */
   call<N extends EntryName>(name: N, ...args: CallArgs<N>): ReturnType<Calls[N]> {
-    const entry = this.#context.lib[name] as (...args: CallArgs<N>) => ReturnType<Calls[N]>;
+    const entry = this.context.lib[name] as (...args: CallArgs<N>) => ReturnType<Calls[N]>;
     if (typeof entry !== "function") throw badArgument("device.call", `the ABI has no ${name}`);
     return entry(...args);
   }
 
   /** Device memory. Errors: OUT_OF_MEMORY. */
   alloc(bytes: number): DeviceBuffer {
-    return new DeviceBuffer(this.#context, bytes);
+    return new DeviceBuffer(this.context, bytes);
   }
 
   /** Pinned host memory. Errors: OUT_OF_MEMORY. */
   pinned(bytes: number): PinnedBuffer {
-    return new PinnedBuffer(this.#context, bytes);
+    return new PinnedBuffer(this.context, bytes);
   }
 
   stream(): Stream {
-    return new Stream(this.#context);
+    return new Stream(this.context);
   }
 
   event(): Event {
-    return new Event(this.#context);
+    return new Event(this.context);
   }
 
   /** Block until all work of the device is done. Errors: DEVICE_FAILED. */
   synchronize(): void {
     this.lib.fkv_device_synchronize_sync(this.handle);
+    this.context.launches.done();
   }
 
   info(): DeviceInfo {
@@ -183,6 +222,10 @@ export class Device implements Disposable {
       model: info.name,
       computeCapability: this.backend === "cpu" ? null : `${info.compute_major}.${info.compute_minor}`,
       multiprocessors: info.multiprocessors,
+      maxThreadsPerBlock: info.max_threads_per_block,
+      sharedBytesPerBlock: info.shared_bytes_per_block,
+      warpSize: info.warp_size,
+      l2Bytes: info.l2_bytes,
       totalBytes: info.total_bytes,
       freeBytes: info.free_bytes,
       allocatedBytes: info.allocated_bytes,
@@ -197,26 +240,38 @@ export class Device implements Disposable {
 
   /** Waits for the device's work and closes it. What still lives on it is invalid afterwards: its use is DISPOSED. */
   [Symbol.dispose](): void {
-    this.#context.close();
+    this.context.close();
   }
 }
 
+const noDevice: ReadonlySet<string> = new Set(["NO_DEVICE"]);
 /** What "auto" takes as "no GPU here". */
-const noCuda: ReadonlySet<string> = new Set(["LIBRARY_NOT_FOUND", "ABI_MISMATCH", "NO_DEVICE"]);
+const noCuda: ReadonlySet<string> = new Set(["LIBRARY_NOT_FOUND", "ABI_MISMATCH", ...noDevice]);
 
-function toError({ code, message, call, detail }: Failure): FreeKVError {
-  return new FreeKVError(code, message, { call, detail });
+/** A failed device names no kernel: those of the caller's that may have run are told with it. */
+function errorOf({ code, message, call, detail }: Failure, launches: Launches): FreeKVError {
+  const kernels = code === "DEVICE_FAILED" ? launches.names() : [];
+  if (kernels.length === 0) return new FreeKVError(code, message, { call, detail });
+  const which =
+    kernels.length === 1
+      ? `kernel ${kernels[0]} was running`
+      : `one of these kernels was running: ${kernels.join(", ")}`;
+  const exact = kernels.length === 1 ? "" : "; open the device with debug: true to learn which";
+  return new FreeKVError(code, `${message} (${which}${exact})`, { call, detail: { ...detail, kernels } });
 }
 
-function open(kind: LibraryKind, { libraryPath, debug }: LibraryChoice): Library {
-  return openLibrary(kind, { libraryPath, debug, toError });
+function open(kind: LibraryKind, { libraryPath, debug }: LibraryChoice): Opened {
+  const launches = new Launches();
+  const toError = (failure: Failure): FreeKVError => errorOf(failure, launches);
+  return { library: openLibrary(kind, { libraryPath, debug, toError }), launches };
 }
 
 /** `open`, and refuse the other kind of library at an explicit path. */
-function load(kind: LibraryKind, options: LibraryChoice): Library {
-  const library = open(kind, options);
-  if (library.kind === kind) return library;
-  throw badArgument("Device.open", `libraryPath is the ${library.kind} library, but device asks for ${kind}`);
+function load(kind: LibraryKind, options: LibraryChoice): Opened {
+  const opened = open(kind, options);
+  const found = opened.library.kind;
+  if (found === kind) return opened;
+  throw badArgument("Device.open", `libraryPath is the ${found} library, but device asks for ${kind}`);
 }
 
 function deviceCount(library: Library): number {
@@ -249,13 +304,13 @@ const checks: { readonly [K in keyof DeviceOptions]-?: readonly [(value: unknown
   ],
 };
 
-function checkOptions(options: DeviceOptions): void {
+function checkOptions(call: string, options: DeviceOptions): void {
   for (const [name, value] of Object.entries(options)) {
     const check = checks[name as keyof DeviceOptions];
-    if (check === undefined) throw badArgument("Device.open", `there is no option ${name}`);
+    if (check === undefined) throw badArgument(call, `there is no option ${name}`);
     const [test, wanted] = check;
     if (value !== undefined && !test(value)) {
-      throw badArgument("Device.open", `${name} must be ${wanted}, got ${String(value)}`);
+      throw badArgument(call, `${name} must be ${wanted}, got ${String(value)}`);
     }
   }
 }

@@ -4,15 +4,16 @@ import { freemem } from "node:os";
 import { Batch } from "./batch.ts";
 import { folderPath, type ModelConfig, readConfig } from "./checkpoint.ts";
 import { Core, type CoreOptions } from "./core.ts";
+import { type Deferred, deferred } from "./deferred.ts";
 import { Device } from "./device.ts";
 import { FreeKVError } from "./errors.ts";
-import { TokenStream } from "./generation.ts";
+import { abortable, TokenStream } from "./generation.ts";
 import {
   defaultPolicy,
   type Policy,
   parseEngineOptions,
   parsePolicyAndGenerate,
-  parsePolicyOptions,
+  parsePolicyAndTask,
   resolvePolicy,
 } from "./options.ts";
 import { planOf } from "./plan.ts";
@@ -44,7 +45,10 @@ export class Engine implements AsyncDisposable {
   readonly #policy: Policy;
   readonly #tokenizer: TextTokenizer | FreeKVError;
   readonly #states = new Set<State>();
-  #prefills: Promise<unknown> = Promise.resolve();
+  #prefills: Promise<void> = Promise.resolve();
+  /** Sequences that end by themselves, and who waits for one to end. */
+  #own = 0;
+  readonly #waiting: Deferred<void>[] = [];
   #disposed = false;
 
   /** @internal Engines come from Engine.load. */
@@ -91,8 +95,8 @@ export class Engine implements AsyncDisposable {
   /** A sequence that holds the prompt. Errors: BUSY, CONTEXT_TOO_LONG, OUT_OF_MEMORY, BAD_ARGUMENT. */
   async prefill(prompt: Prompt, options: PolicyOptions & TaskOptions = {}): Promise<Sequence> {
     const startedAt = performance.now();
-    const state = await this.#start(prompt, parsePolicyOptions(options), options);
-    return new Sequence(this.#host, state, startedAt);
+    const state = await this.#start(prompt, parsePolicyAndTask(options), options);
+    return new Sequence(this.#host, state, performance.now() - startedAt);
   }
 
   /** A continuation of the prompt on a sequence of its own, freed at the end. Errors: those of prefill. */
@@ -104,12 +108,26 @@ export class Engine implements AsyncDisposable {
       keeps: false,
       open: async () => {
         const startedAt = performance.now();
-        state = await this.#start(prompt, o, { signal: o.signal });
-        return { state, startedAt, promptTokens: state.length, cachedTokens: 0 };
+        while (!this.#core.hasLane && this.#own > 0) await this.#oneEnds(o.signal);
+        this.#own++;
+        try {
+          state = await this.#start(prompt, o, { signal: o.signal });
+        } catch (error) {
+          this.#ended();
+          throw error;
+        }
+        return {
+          state,
+          waitedMs: performance.now() - startedAt,
+          promptTokens: state.length,
+          cachedTokens: 0,
+        };
       },
       close: () => {
-        if (state) this.#states.delete(state);
-        state?.release();
+        if (!state) return;
+        this.#states.delete(state);
+        state.release();
+        this.#ended();
       },
     };
     return new TokenStream(this.#host.batch, source, o, this.#host.tokenizer, this.#host.eos);
@@ -120,6 +138,7 @@ export class Engine implements AsyncDisposable {
     const core = this.#core;
     return {
       ...sumStats([...this.#states].map((state) => state.stats())),
+      stallMs: this.#host.batch.stallMs, // rows of one step wait together
       sequences: this.#states.size,
       hostPages: core.pool.used,
       hostBytes: core.pool.bytes,
@@ -145,23 +164,44 @@ export class Engine implements AsyncDisposable {
     return state;
   }
 
-  /** Prefills share one workspace, so they take turns. */
-  #prefill(state: State, ids: Int32Array, task: TaskOptions): Promise<void> {
-    const turn = this.#prefills.then(() => {
-      task.signal?.throwIfAborted();
-      return state.append(ids, task);
+  /** Where all sequences are alive, a generation waits for one that ends by itself. */
+  #oneEnds(signal: AbortSignal | undefined): Promise<void> {
+    const end = deferred<void>();
+    this.#waiting.push(end);
+    return abortable(end.promise, signal).finally(() => {
+      const place = this.#waiting.indexOf(end);
+      if (place >= 0) this.#waiting.splice(place, 1);
     });
-    this.#prefills = turn.catch(() => {});
-    return turn;
+  }
+
+  #ended(): void {
+    this.#own--;
+    for (const waiting of this.#waiting.splice(0)) waiting.resolve(); // each looks again
+  }
+
+  /** Prefills share one workspace, so they take turns. */
+  async #prefill(state: State, ids: Int32Array, task: TaskOptions): Promise<void> {
+    const before = this.#prefills;
+    const turn = deferred<void>();
+    this.#prefills = before.then(() => turn.promise);
+    try {
+      task.signal?.throwIfAborted();
+      await abortable(before, task.signal);
+      await state.append(ids, task);
+    } finally {
+      turn.resolve();
+    }
   }
 
   #encode(prompt: Prompt, length: number): Int32Array {
     this.#check();
+    if (typeof prompt !== "string" && !Array.isArray(prompt) && !(prompt instanceof Int32Array))
+      throw new FreeKVError("BAD_ARGUMENT", "a prompt is a string, an array of token ids or an Int32Array");
     let ids: Int32Array;
     if (typeof prompt === "string") {
       if (this.#tokenizer instanceof Error) throw this.#tokenizer;
       ids = this.#tokenizer.encode(prompt, { addBos: length === 0 });
-    } else ids = Int32Array.from(prompt);
+    } else ids = Int32Array.from(prompt, Number);
     const { contextLength, vocabSize } = this.model;
     if (ids.length === 0)
       throw new FreeKVError("BAD_ARGUMENT", "the prompt has no tokens; give at least one");
@@ -242,6 +282,11 @@ export function resolveEngine(
     throw new FreeKVError(
       "BAD_ARGUMENT",
       `recall "${recall}" is decided on the host; use orchestration "host" with it, or recall "gather"`,
+    );
+  if (own.estimate === "paper-speed" && own.digest === "quest")
+    throw new FreeKVError(
+      "BAD_ARGUMENT",
+      'estimate "paper-speed" scores ArkVale digests; leave digest out or use "arkvale"',
     );
   const policy = resolvePolicy(defaultPolicy, own, pageSize, config.layers);
   planOf(policy, pageSize, Math.ceil(maxContext / pageSize), own.slots);

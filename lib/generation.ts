@@ -10,7 +10,8 @@ import type { Completion, GenerateOptions, Generation, Token } from "./types.ts"
 
 /** What a generation starts from: a sequence ready to decode, and how it is given back. */
 export interface Source {
-  open(): Promise<{ state: State; startedAt: number; promptTokens: number; cachedTokens: number }>;
+  /** `waitedMs`: what handing over the input has taken so far. */
+  open(): Promise<{ state: State; waitedMs: number; promptTokens: number; cachedTokens: number }>;
   /** The sequence stays for later calls, so that its last token's step must run. */
   readonly keeps: boolean;
   close(): void;
@@ -54,7 +55,7 @@ export class TokenStream implements Generation {
     this.#read = true;
     const o = this.#options;
     o.signal?.throwIfAborted();
-    const { state, startedAt, promptTokens, cachedTokens } = await this.#source.open();
+    const { state, waitedMs, promptTokens, cachedTokens } = await this.#source.open();
     const base = state.length;
     const room = state.core.options.maxContext - base;
     const limit = Math.min(o.maxTokens ?? 256, room);
@@ -62,7 +63,7 @@ export class TokenStream implements Generation {
       temperature: o.temperature ?? 0,
       topP: o.topP ?? 1,
       topK: o.topK ?? 0,
-      seed: o.seed ?? 0,
+      seed: o.seed ?? randomSeed(),
       nTop: o.logprobs ?? 0,
     };
     const run = new Run(state, this.#source.keeps ? limit + 1 : limit, sampling, (i) =>
@@ -73,15 +74,17 @@ export class TokenStream implements Generation {
     const tokens: number[] = [];
     let finishReason: Completion["finishReason"] = (o.maxTokens ?? 256) <= room ? "length" : "context";
     let text = "";
-    let last = startedAt;
+    let last = performance.now();
     let interrupted = true;
+    let failed = false;
     try {
       while (tokens.length < limit) {
-        const { result, stallMs } = await abortable(this.#batch.next(run), o.signal);
-        const now = performance.now();
-        if (tokens.length === 0) state.tally.firstToken(now - last);
-        else state.tally.laterToken(now - last);
-        last = now;
+        const asked = performance.now(); // what the reader does between two tokens is not ours
+        const { result, stallMs, at } = await abortable(this.#batch.next(run), o.signal);
+        if (tokens.length === 0) state.tally.firstToken(waitedMs + at - last);
+        else state.tally.laterToken(at - Math.max(last, asked));
+        last = at;
+        assertNumbers(result, base + tokens.length - 1);
         state.count(result.counters, stallMs);
         tokens.push(result.token);
         const ends = stops.has(result.token);
@@ -102,17 +105,28 @@ export class TokenStream implements Generation {
         usage: { promptTokens, cachedTokens, completionTokens: tokens.length },
         stats: state.stats(),
       };
+    } catch (error) {
+      failed = true;
+      throw error;
     } finally {
-      // The draw, and a step for each token yielded.
-      const owed = tokens.length > 0 && this.#source.keeps && !interrupted ? 1 + tokens.length : 0;
-      await this.#batch.finish(run, owed);
-      // An abort came before the token that is under way could be yielded.
-      if (interrupted && this.#source.keeps && !state.released && state.length > base + tokens.length)
-        state.truncate(base + tokens.length);
-      this.#source.close();
+      try {
+        await cleanUp(failed, async () => {
+          // The draw, and a step for each token yielded.
+          const owed = tokens.length > 0 && this.#source.keeps && !interrupted ? 1 + tokens.length : 0;
+          await this.#batch.finish(run, owed);
+          // An abort came before the token that is under way could be yielded.
+          if (interrupted && this.#source.keeps && !state.released && state.length > base + tokens.length)
+            state.truncate(base + tokens.length);
+        });
+      } finally {
+        this.#source.close();
+      }
     }
   }
 }
+
+/** Two generations without a seed draw differently. */
+const randomSeed = (): number => crypto.getRandomValues(new Uint32Array(1))[0] as number;
 
 /** Token ids to text that can be shown, up to a stop string. */
 class Writer {
@@ -135,6 +149,24 @@ function tokenOf(result: Result, text: string, logprobs: number | undefined): To
     .slice(0, result.n_top)
     .map((id, i) => ({ id, logprob: result.top_logprob[i] as number }));
   return { id: result.token, text, logprob: result.logprob, ...(logprobs > 0 ? { top } : {}) };
+}
+
+/** Errors: BAD_CHECKPOINT where the logits after this position are no numbers. */
+export function assertNumbers({ logprob }: Result, position: number): void {
+  if (Number.isNaN(logprob))
+    throw new FreeKVError(
+      "BAD_CHECKPOINT",
+      `the model's logits after position ${position} are not numbers: its weights are damaged, or overflow their dtype`,
+    );
+}
+
+/** Does `work`; where something `failed` before, the caller is to hear of that, not of what goes wrong now. */
+export async function cleanUp(failed: boolean, work: () => Promise<void>): Promise<void> {
+  try {
+    await work();
+  } catch (error) {
+    if (!failed) throw error;
+  }
 }
 
 /** `promise`, unless the signal aborts first: then a rejection with its reason. */

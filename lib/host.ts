@@ -41,6 +41,7 @@ export class HostOrchestration implements Disposable, Stages {
   step(rows: readonly (HostRow | null)[]): void {
     this.#rows = rows;
     this.#lanes = rows.map((row) => row?.lane ?? null);
+    this.#d.waits.next();
     decodeStep(this.#d, this, rows.length);
   }
 
@@ -62,7 +63,7 @@ export class HostOrchestration implements Disposable, Stages {
     if (!speculation) return;
     this.#speculations[layer] = null;
     const event = speculation.event();
-    this.#stalled(() => waits.on(compute, event, "attend-after-speculation"));
+    this.#stalled(() => waits.on(compute, event, "attend-after-speculation", 1));
   }
 
   check(layer: number): void {
@@ -94,7 +95,7 @@ export class HostOrchestration implements Disposable, Stages {
     const finishes = this.#rows.some((row) => row?.completesPage);
     if (!speculates && !finishes) return;
     const attended = this.#attended[layer] as Event;
-    compute.record(attended);
+    waits.record(compute, attended);
     waits.on(side, attended, "speculate-after-attend");
     if (speculates) {
       select(device, cache, cache.next, act.qkv, layer, FKV_NEXT, rows, side);
@@ -105,7 +106,7 @@ export class HostOrchestration implements Disposable, Stages {
 
   join(): void {
     const { compute, side, waits } = this.#d;
-    side.record(this.#branch);
+    waits.record(side, this.#branch);
     this.#stalled(() => waits.on(compute, this.#branch, "step-after-branch"));
   }
 

@@ -1,7 +1,8 @@
-import { readFileSync } from "node:fs";
+import { readFileSync, statSync } from "node:fs";
 import { basename, dirname } from "node:path";
 import type { z } from "zod";
 import { FreeKVError } from "./errors.ts";
+import { about, wording } from "./wording.ts";
 
 /** Whether `error` says that a file, or the folder it should be in, does not exist. */
 export function isMissing(error: unknown): boolean {
@@ -16,11 +17,11 @@ export function badFile(path: string, problem: string, cause?: unknown): FreeKVE
 
 /** `value`, or BAD_CHECKPOINT that names the first key that is not as `schema` says. */
 export function check<S extends z.ZodType>(schema: S, value: unknown, path: string): z.output<S> {
-  const result = schema.safeParse(value);
+  const result = schema.safeParse(value, { error: wording });
   if (result.success) return result.data;
   const issue = result.error.issues[0];
-  const key = issue?.path.join(".") ?? "";
-  throw badFile(path, `${key === "" ? "" : `${key}: `}${issue?.message ?? "not as expected"}`, result.error);
+  const problem = about(issue?.path.join(".") ?? "", issue?.message ?? "is not as it must be");
+  throw badFile(path, `${problem}; mend the file or fetch it again`, result.error);
 }
 
 /** The JSON file at `path` as `schema` has it; undefined where there is no such file. */
@@ -46,5 +47,7 @@ export function readJsonRequired<S extends z.ZodType>(path: string, schema: S): 
   const value = readJson(path, schema);
   if (value !== undefined) return value;
   const folder = dirname(path);
+  if (statSync(folder, { throwIfNoEntry: false })?.isFile())
+    throw badFile(folder, `is a file; give the folder that it is in: ${dirname(folder)}`);
   throw badFile(folder, `has no ${basename(path)}; give a Hugging Face model folder`);
 }

@@ -8,20 +8,39 @@ import type { Plan } from "./plan.ts";
 
 const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;
 
-/** Device buffers of lanes that ended, kept for the next of the same size: safe, since every use is ordered on one stream. */
+/** Sizes are rounded up to eighths of a power of two, so that lanes of like length fit each other's memory. */
+const sizeClass = (bytes: number): number => {
+  const step = 2 ** Math.max(8, Math.floor(Math.log2(bytes)) - 3);
+  return Math.ceil(bytes / step) * step;
+};
+
+/**
+ * Device buffers of lanes that ended, kept for the next: reuse is safe at once, since every use is ordered on one stream,
+ * while giving memory back makes the device finish its work first.
+ */
 export class LaneMemory implements Disposable {
+  static readonly keptBytes: number = 64 * 2 ** 20;
   readonly #device: Device;
   readonly #free: DeviceBuffer[] = [];
   constructor(device: Device) {
     this.#device = device;
   }
   take(bytes: number): DeviceBuffer {
-    const index = this.#free.findIndex((b) => b.bytes === bytes);
-    return index < 0 ? this.#device.alloc(bytes) : (this.#free.splice(index, 1)[0] as DeviceBuffer);
+    const size = sizeClass(bytes);
+    const index = this.#free.findIndex((b) => b.bytes === size);
+    if (index >= 0) return this.#free.splice(index, 1)[0] as DeviceBuffer;
+    try {
+      return this.#device.alloc(size);
+    } catch (error) {
+      if (this.#free.length === 0) throw error;
+      this[Symbol.dispose]();
+      return this.#device.alloc(size);
+    }
   }
   give(buffer: DeviceBuffer): void {
     this.#free.push(buffer);
-    if (this.#free.length > 8) this.#free.shift()?.[Symbol.dispose]();
+    while (this.#free.reduce((n, b) => n + b.bytes, 0) > LaneMemory.keptBytes)
+      this.#free.shift()?.[Symbol.dispose]();
   }
   [Symbol.dispose](): void {
     for (const b of this.#free.splice(0)) b[Symbol.dispose]();

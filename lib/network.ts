@@ -146,10 +146,6 @@ export class Network implements Disposable {
     }
   }
 
-  /** Bytes on the device. */
-  get bytes(): number {
-    return this.#owned.reduce((n, b) => n + b.bytes, 0);
-  }
   /** The widest shapes of a phase: what scratch is sized by. */
   get widest(): { maxK: number; maxOut: number } {
     const { hidden, intermediate, heads, headDim, vocab } = this.config;

@@ -1,11 +1,16 @@
 // Options at the edge: validated with zod, unknown keys refused by name, defaults filled in, before anything is loaded.
 import { z } from "zod";
 import { FreeKVError } from "./errors.ts";
-import type { EngineOptions, GenerateOptions, PolicyOptions } from "./types.ts";
+import type { EngineOptions, GenerateOptions, PolicyOptions, TaskOptions } from "./types.ts";
+import { about, wording } from "./wording.ts";
 
-const count = (what: string) => z.int(`${what} must be a whole number`).min(0, `${what} must be 0 or more`);
-const positive = (what: string) =>
-  z.int(`${what} must be a whole number`).min(1, `${what} must be 1 or more`);
+const whole = (what: string, least: number, most = 2 ** 31 - 1) =>
+  z
+    .int(`${what} must be a whole number`)
+    .min(least, `${what} must be ${least} or more`)
+    .max(most, `${what} must be at most ${most}`);
+const count = (what: string, most?: number) => whole(what, 0, most);
+const positive = (what: string, most?: number) => whole(what, 1, most);
 const tau = z.number().min(-1, "tau must be −1 or more").max(1, "tau must be at most 1");
 
 const policyShape = {
@@ -36,20 +41,20 @@ const engineShape = {
   recall: z.enum(["gather", "staged", "fragmented"]).optional(),
   orchestration: z.enum(["captured", "host"]).optional(),
   layout: z.enum(["hnd", "nhd"]).optional(),
-  stagingBuffers: positive("stagingBuffers").max(4, "stagingBuffers must be at most 4").optional(),
+  stagingBuffers: positive("stagingBuffers", 4).optional(),
   chain: z.enum(["auto", "split"]).optional(),
   prefillKv: z.enum(["device", "host"]).optional(),
   estimate: z.enum(["freekv", "paper-speed"]).optional(),
   twin: z
     .strictObject({
-      scheduleSeed: count("scheduleSeed").optional(),
+      scheduleSeed: count("scheduleSeed", Number.MAX_SAFE_INTEGER).optional(),
       linkBytesPerSecond: z.number().min(0).optional(),
       threads: positive("threads").optional(),
     })
     .optional(),
   maxContext: positive("maxContext").optional(),
-  maxSequences: positive("maxSequences").max(32, "maxSequences must be at most 32").optional(),
-  hostBytes: positive("hostBytes").optional(),
+  maxSequences: positive("maxSequences", 32).optional(),
+  hostBytes: positive("hostBytes", Number.MAX_SAFE_INTEGER).optional(),
   libraryPath: z.union([z.string(), z.instanceof(URL)]).optional(),
   debug: z.boolean().optional(),
 };
@@ -61,31 +66,35 @@ const generateShape = {
   temperature: z.number().min(0, "temperature must be 0 or more").optional(),
   topP: z.number().gt(0, "topP must be above 0").max(1, "topP must be at most 1").optional(),
   topK: count("topK").optional(),
-  seed: count("seed").optional(),
-  logprobs: count("logprobs").max(20, "logprobs must be at most 20").optional(),
+  seed: count("seed", Number.MAX_SAFE_INTEGER).optional(),
+  logprobs: count("logprobs", 20).optional(),
   signal: z.instanceof(AbortSignal).optional(),
 };
 
 const schemas = {
   engine: z.strictObject({ ...policyShape, ...engineShape, ...taskShape }),
-  policy: z.strictObject({ ...policyShape, ...taskShape }),
+  policy: z.strictObject(policyShape),
+  policyAndTask: z.strictObject({ ...policyShape, ...taskShape }),
   generate: z.strictObject(generateShape),
   policyAndGenerate: z.strictObject({ ...policyShape, ...generateShape }),
 };
 
 function parse<T>(schema: z.ZodType, value: unknown): T {
-  const result = schema.safeParse(value ?? {});
+  const result = schema.safeParse(value ?? {}, { error: wording });
   if (result.success) return result.data as T;
   const issue = result.error.issues[0];
   const path = issue?.path.join(".") ?? "";
-  const text = issue?.message ?? "invalid options";
-  throw new FreeKVError("BAD_ARGUMENT", path && !text.startsWith(path) ? `${path}: ${text}` : text, {
-    detail: { option: path },
-  });
+  const text =
+    issue?.code === "unrecognized_keys"
+      ? about(path, `there is no option ${issue.keys.join(", ")}; check the spelling`)
+      : about(path === "" ? "the options" : path, issue?.message ?? "must be others");
+  throw new FreeKVError("BAD_ARGUMENT", text, { detail: { option: path } });
 }
 
 export const parseEngineOptions = (value: unknown): EngineOptions => parse(schemas.engine, value);
 export const parsePolicyOptions = (value: unknown): PolicyOptions => parse(schemas.policy, value);
+export const parsePolicyAndTask = (value: unknown): PolicyOptions & TaskOptions =>
+  parse(schemas.policyAndTask, value);
 export const parseGenerateOptions = (value: unknown): GenerateOptions => parse(schemas.generate, value);
 export const parsePolicyAndGenerate = (value: unknown): PolicyOptions & GenerateOptions =>
   parse(schemas.policyAndGenerate, value);
@@ -115,8 +124,12 @@ export function resolvePolicy(base: Policy, over: PolicyOptions, pageSize: numbe
       detail: { budget: p.budget, sink: p.sink, window: p.window, pageSize },
     });
   };
-  for (const key of ["budget", "sink", "window"] as const)
-    if (p[key] % pageSize !== 0) bad(`${key} ${p[key]} is not a multiple of the page size ${pageSize}`);
+  for (const key of ["budget", "sink", "window"] as const) {
+    if (p[key] % pageSize === 0) continue;
+    const below = Math.floor(p[key] / pageSize) * pageSize;
+    const near = below > 0 || key === "sink" ? `${below} or ${below + pageSize}` : `${below + pageSize}`;
+    bad(`${key} ${p[key]} is not a multiple of the page size ${pageSize}; give ${near}`);
+  }
   if (p.budget < p.sink + p.window + pageSize)
     bad(
       `budget ${p.budget} is smaller than sink ${p.sink} + window ${p.window} + one page of ${pageSize}; ` +

@@ -39,9 +39,6 @@ export class HostPool implements Disposable {
   get bytes(): number {
     return this.#chunks.reduce((n, c) => n + c.bytes, 0);
   }
-  get digestBytes(): number {
-    return this.#digests.reduce((n, c) => n + c.bytes, 0);
-  }
 
   /**
    * Takes `n` blocks, or none: on OUT_OF_MEMORY nothing has changed. `stream` is where a new chunk's address is written:

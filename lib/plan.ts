@@ -37,11 +37,12 @@ export function planOf(p: Policy, pageSize: number, maxPages: number, engineSlot
       `budget ${p.budget} selects ${k} pages a head, but the engine has ${engineSlots} slots; raise --slots or lower --budget`,
     );
   const speculates = p.policy === "freekv";
+  const slots = resident || !selects ? 0 : Math.max(k, Math.min(engineSlots ?? 2 * k, maxPages));
   return {
     sinkPages,
     windowPages: p.policy === "streaming" ? (p.budget - p.sink) / pageSize : p.window / pageSize,
     k,
-    slots: resident || !selects ? 0 : Math.max(k, Math.min(engineSlots ?? 2 * k, maxPages)),
+    slots,
     resident,
     attendAll: p.policy === "full",
     correction: !selects
@@ -52,6 +53,6 @@ export function planOf(p: Policy, pageSize: number, maxPages: number, engineSlot
           ? FKV_CORRECT_THRESHOLD
           : FKV_CORRECT_OFF,
     speculation: !speculates ? FKV_SPECULATE_NONE : p.speculate ? FKV_SPECULATE_NEXT : FKV_SPECULATE_LAZY,
-    prefetch: speculates ? p.prefetch : 0,
+    prefetch: speculates ? Math.min(p.prefetch, slots - k) : 0,
   };
 }

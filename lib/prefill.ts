@@ -7,11 +7,15 @@ import { type PageCopier, type Pages, range } from "./copier.ts";
 import type { Decoder } from "./decoder.ts";
 import { DenseQueue } from "./dense.ts";
 import type { DeviceBuffer, Event, Stream } from "./device.ts";
+import { unlessFailed } from "./errors.ts";
 import type { Lane } from "./lane.ts";
 import { Activations } from "./network.ts";
+import type { Waits } from "./waits.ts";
 
 /** Chunks end at multiples of this. */
 export const chunkTokens = 512;
+/** A workspace up to this size is kept for the next prompt. */
+const keptBytes = 64 * 2 ** 20;
 
 /** A prompt's chunk: `ids` at positions `start` … of a sequence with these blocks, reserved up to the chunk's end. */
 export interface Chunk {
@@ -27,6 +31,7 @@ export interface Chunk {
 export class Prefill implements Disposable {
   readonly #d: Decoder;
   readonly #copier: PageCopier;
+  readonly #waits: Waits;
   /** Carries finished pages to the host beside the next layers. */
   readonly #store: Stream;
   readonly #dense: DenseQueue;
@@ -39,18 +44,21 @@ export class Prefill implements Disposable {
   readonly #heldLayers: number;
   #workspace: DeviceBuffer | null = null;
   #pages = 0;
+  #prompts = 0;
   /** The blocks of the sequence whose pages are in the workspace. */
   #held: readonly number[] | null = null;
 
   constructor(
     decoder: Decoder,
     copier: PageCopier,
+    waits: Waits,
     o: { split: boolean; dtype: number; prefillKv: "device" | "host" },
   ) {
     const { device, network } = decoder;
     const { config } = network;
     this.#d = decoder;
     this.#copier = copier;
+    this.#waits = waits;
     this.#store = device.stream();
     this.#act = new Activations(device, config, chunkTokens);
     this.#dense = new DenseQueue(device, decoder.compute, {
@@ -68,12 +76,21 @@ export class Prefill implements Disposable {
     this.#heldLayers = o.prefillKv === "device" ? config.layers : Math.min(2, config.layers);
   }
 
-  /** Bytes of the workspace. */
-  get bytes(): number {
-    return this.#workspace?.bytes ?? 0;
-  }
   get #streamsBack(): boolean {
     return this.#heldLayers < this.#d.cache.geometry.layers;
+  }
+
+  /** A prompt comes: the workspace stays until as many end() calls say that it is not needed. */
+  enter(): void {
+    this.#prompts++;
+  }
+  /** With the last prompt, a large workspace goes; giving it back makes the device finish its work first. */
+  end(): void {
+    if (--this.#prompts > 0 || (this.#workspace?.bytes ?? 0) <= keptBytes) return;
+    const workspace = this.#workspace;
+    this.#workspace = this.#held = null;
+    this.#pages = 0;
+    unlessFailed(() => workspace?.[Symbol.dispose]());
   }
 
   /** Makes room for the pages of `blocks` and brings the complete ones before `start`, which are on the host. */
@@ -102,7 +119,9 @@ export class Prefill implements Disposable {
 
   /** Issues one chunk. */
   chunk(chunk: Chunk): void {
-    const { cache, compute, device, digestKind, network, waits } = this.#d;
+    const { cache, compute, device, digestKind, network } = this.#d;
+    const waits = this.#waits;
+    waits.next();
     const { layers, pageSize } = cache.geometry;
     const { blocks, ids, start } = chunk;
     // Another sequence may have been computed between two chunks of this one, whose pages so far went to the host.
@@ -131,13 +150,13 @@ export class Prefill implements Disposable {
         );
       const params = pack.fkv_prefill_params({ layer, start, n, qkv: act.qkv, out: act.attended, frames });
       device.lib.fkv_prefill_append(cache.packed, params, compute.handle);
-      compute.record(this.#appended[layer] as Event);
+      waits.record(compute, this.#appended[layer] as Event);
       waits.on(this.#store, this.#appended[layer] as Event, "store-after-append");
       const made = { frames, pages: finished };
       const kept = this.#onHost(finished, blocks);
       this.#copier.copy(made, kept, extent, this.#store);
       this.#copier.digest(made, kept.pages, digestKind, extent, this.#store);
-      this.#store.record(this.#stored[layer] as Event);
+      waits.record(this.#store, this.#stored[layer] as Event);
       device.lib.fkv_prefill_attend(cache.packed, params, compute.handle);
       if (chunk.lane) this.#leave(chunk.lane, layer, start + n, n - 1);
       network.project(this.#dense, act, layer, n);
@@ -157,7 +176,12 @@ export class Prefill implements Disposable {
   }
 
   #awaitStored(layer: number): void {
-    this.#d.waits.on(this.#d.compute, this.#stored[layer] as Event, "load-after-store");
+    this.#waits.on(
+      this.#d.compute,
+      this.#stored[layer] as Event,
+      "load-after-store",
+      Number.POSITIVE_INFINITY,
+    );
   }
 
   /** Brings all earlier pages of one layer, once they are on the host and the workspace's half is free. */

@@ -184,6 +184,6 @@ export class FragmentedRecall extends ListedRecall {
         );
       else this.copyHeadPage(this.copies, slot, device, this.hostAddress(m.block, layer, m.head), host);
     }
-    this.copies.record(done);
+    this.waits.record(this.copies, done);
   }
 }

@@ -48,14 +48,14 @@ export class StagedRecall extends ListedRecall {
     const fromHost = misses.filter((m) => m.frame < 0);
     for (let i = 0; i < fromHost.length; i += capacity) this.#batch(fromHost.slice(i, i + capacity), layer);
     // The conversions follow the copies; without any, `done` still has to follow the copies on the device.
-    if (fromHost.length === 0) this.copies.record(done);
-    else this.#convert.record(done);
+    if (fromHost.length === 0) this.waits.record(this.copies, done);
+    else this.waits.record(this.#convert, done);
   }
 
   #batch(batch: readonly Miss[], layer: number): void {
     const buffer = this.#buffers[this.#turn] as StagingBuffer;
     this.#turn = (this.#turn + 1) % this.#buffers.length;
-    if (buffer.used) this.waits.on(this.copies, buffer.drained, "fill-after-drain");
+    if (buffer.used) this.waits.on(this.copies, buffer.drained, "fill-after-drain", Number.POSITIVE_INFINITY);
     buffer.used = true;
     const { headPageBytes } = this.cache.geometry;
     const entries = new ArrayBuffer(batch.length * size.fkv_scatter_entry);
@@ -71,7 +71,7 @@ export class StagedRecall extends ListedRecall {
       );
     }
     this.copies.write(buffer.entries, new Uint8Array(entries));
-    this.copies.record(buffer.filled);
+    this.waits.record(this.copies, buffer.filled);
     this.waits.on(this.#convert, buffer.filled, "convert-after-fill");
     this.device.lib.fkv_recall_scatter(
       this.cache.packed,
@@ -81,7 +81,7 @@ export class StagedRecall extends ListedRecall {
       layer,
       this.#convert.handle,
     );
-    this.#convert.record(buffer.drained);
+    this.waits.record(this.#convert, buffer.drained);
   }
 
   override [Symbol.dispose](): void {

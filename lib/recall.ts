@@ -3,6 +3,7 @@
 import type { Cache, Workspace } from "./cache.ts";
 import type { Device, Event, Stream } from "./device.ts";
 import type { Lane } from "./lane.ts";
+import type { Waits } from "./waits.ts";
 
 /** A recall under way. */
 export interface InFlight {
@@ -24,10 +25,12 @@ export interface Recall extends Disposable {
 export class GatherRecall implements Recall {
   readonly #device: Device;
   readonly #cache: Cache;
+  readonly #waits: Waits;
   readonly #done = new Map<Workspace, Event[]>();
 
-  constructor(device: Device, cache: Cache) {
+  constructor(device: Device, cache: Cache, waits: Waits) {
     this.#device = device;
+    this.#waits = waits;
     this.#cache = cache;
     for (const workspace of [cache.now, cache.next])
       this.#done.set(
@@ -39,7 +42,7 @@ export class GatherRecall implements Recall {
   start(workspace: Workspace, layer: number, lanes: Lanes, on: Stream): InFlight {
     this.#device.lib.fkv_recall_gather(this.#cache.packed, workspace.packed, layer, lanes.length, on.handle);
     const done = this.#done.get(workspace)?.[layer] as Event;
-    on.record(done);
+    this.#waits.record(on, done);
     return { event: () => done };
   }
 

@@ -62,6 +62,10 @@ export class Safetensors implements Disposable {
     return this.#tensors.get(name);
   }
 
+  names(): Iterable<string> {
+    return this.#tensors.keys();
+  }
+
   /** Fill `into` with the tensor's bytes from byte `offset` on. */
   read(name: string, offset: number, into: Uint8Array): void {
     const tensor = this.#tensors.get(name);

@@ -2,7 +2,7 @@
 // A sequence, as a program holds it.
 import { type Batch, Run } from "./batch.ts";
 import { FreeKVError } from "./errors.ts";
-import { abortable, TokenStream } from "./generation.ts";
+import { abortable, assertNumbers, cleanUp, TokenStream } from "./generation.ts";
 import { parseGenerateOptions, parsePolicyOptions, resolvePolicy } from "./options.ts";
 import { greedy } from "./row.ts";
 import type { State } from "./state.ts";
@@ -35,14 +35,14 @@ export class Sequence implements Disposable {
   readonly #host: Host;
   readonly #state: State;
   #busy = false;
-  /** When the input was handed over that no token has answered yet. */
-  #askedAt: number | null;
+  /** What reading the input has taken that no token has answered yet. */
+  #inputMs: number;
 
   /** @internal Sequences come from Engine.prefill and fork. */
-  constructor(host: Host, state: State, askedAt: number | null) {
+  constructor(host: Host, state: State, inputMs: number) {
     this.#host = host;
     this.#state = state;
-    this.#askedAt = askedAt;
+    this.#inputMs = inputMs;
   }
 
   get length(): number {
@@ -55,10 +55,14 @@ export class Sequence implements Disposable {
   /** Appends a prompt through prefill. On failure or abort the sequence is as before. Errors: BUSY, CONTEXT_TOO_LONG, OUT_OF_MEMORY. */
   async append(prompt: Prompt, options: TaskOptions = {}): Promise<void> {
     const ids = this.#host.encode(prompt, this.length);
-    await this.#during("append", async () => {
-      this.#askedAt ??= performance.now();
+    this.#enter("append");
+    try {
+      const from = performance.now();
       await this.#host.prefill(this.#state, ids, options);
-    });
+      this.#inputMs += performance.now() - from;
+    } finally {
+      this.#busy = false;
+    }
   }
 
   /** Appends what it yields. Errors: BUSY where the sequence already runs. */
@@ -69,9 +73,9 @@ export class Sequence implements Disposable {
       keeps: true,
       open: async () => {
         this.#enter("generate");
-        const startedAt = this.#askedAt ?? performance.now();
-        this.#askedAt = null;
-        return { state: this.#state, startedAt, promptTokens: this.length, cachedTokens: this.length };
+        const waitedMs = this.#inputMs;
+        this.#inputMs = 0;
+        return { state: this.#state, waitedMs, promptTokens: this.length, cachedTokens: this.length };
       },
       close: () => {
         this.#busy = false;
@@ -87,9 +91,9 @@ export class Sequence implements Disposable {
   async *score(tokens: TokenIds, options: TaskOptions = {}): AsyncGenerator<Scored, void, undefined> {
     const ids = this.#host.encode(tokens, this.length);
     this.#enter("score");
-    this.#askedAt ??= performance.now();
     const base = this.length;
     const state = this.#state;
+    let failed = false;
     const run = new Run(state, ids.length, greedy, (i) => ({
       draw: false,
       token: ids[i] as number,
@@ -97,7 +101,10 @@ export class Sequence implements Disposable {
     }));
     try {
       for (let i = 0; i < ids.length; i++) {
-        const { result, stallMs } = await abortable(this.#host.batch.next(run), options.signal);
+        const asked = performance.now();
+        const { result, stallMs, at } = await abortable(this.#host.batch.next(run), options.signal);
+        this.#inputMs += Math.max(0, at - asked);
+        assertNumbers(result, base + i);
         state.count(result.counters, stallMs);
         if (i + 1 === ids.length) return;
         yield {
@@ -107,9 +114,15 @@ export class Sequence implements Disposable {
           argmax: result.argmax,
         };
       }
+    } catch (error) {
+      failed = true;
+      throw error;
     } finally {
-      await this.#host.batch.finish(run);
-      this.#busy = false;
+      try {
+        await cleanUp(failed, () => this.#host.batch.finish(run));
+      } finally {
+        this.#busy = false;
+      }
     }
   }
 
@@ -121,7 +134,7 @@ export class Sequence implements Disposable {
       resolvePolicy(this.#state.policy, parsePolicyOptions(options), pageSize, layers),
     );
     this.#host.opened(child);
-    return new Sequence(this.#host, child, null);
+    return new Sequence(this.#host, child, 0);
   }
 
   /** Keeps the first `length` tokens, 1 or more; the last of them is computed anew. */
@@ -150,14 +163,6 @@ export class Sequence implements Disposable {
   #enter(what: string): void {
     this.#check(what);
     this.#busy = true;
-  }
-  async #during(what: string, work: () => Promise<void>): Promise<void> {
-    this.#enter(what);
-    try {
-      await work();
-    } finally {
-      this.#busy = false;
-    }
   }
 
   [Symbol.dispose](): void {

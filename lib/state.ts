@@ -74,11 +74,12 @@ export class State {
         task.signal?.throwIfAborted();
         this.check();
         const end = issue();
-        const done = this.core.reached();
+        const done = this.core.reached().then(() => {
+          task.onProgress?.({ phase: "prefill", done: end, total: ids.length, unit: "tokens" });
+        });
+        done.catch(() => {}); // it is heard of below, unless an earlier failure ends the loop
         await before; // one chunk computes while the next one is issued
-        before = done.then(() =>
-          task.onProgress?.({ phase: "prefill", done: end, total: ids.length, unit: "tokens" }),
-        );
+        before = done;
         if (i === chunks.length - 1) await before;
       }
       task.signal?.throwIfAborted();
@@ -87,6 +88,8 @@ export class State {
     } catch (error) {
       await this.#abandon(change);
       throw error;
+    } finally {
+      this.core.prefill.end();
     }
   }
 
@@ -103,7 +106,7 @@ export class State {
       const shared = this.blocks.slice(0, full);
       const own = this.length % core.geometry.pageSize ? core.pool.reserve(1, compute) : [];
       core.pool.retain(shared);
-      child.blocks.push(...shared, ...own);
+      for (const id of [...shared, ...own]) child.blocks.push(id);
       for (const id of this.ids) child.ids.push(id);
       this.#hand(lane);
       core.fill(lane, this.length, child.blocks);
@@ -125,9 +128,9 @@ export class State {
     const full = Math.floor(keep / pageSize);
     const token = this.ids[keep] as number;
     const last = this.blocks[full] as number;
-    const own = core.pool.isShared(last) ? (core.pool.reserve(1, compute)[0] as number) : last;
-    const lane = this.#newLane(length);
-    const old = this.#lane as Lane;
+    const shared = core.pool.isShared(last);
+    const own = shared ? (core.pool.reserve(1, compute)[0] as number) : last;
+    const old = this.lane;
     const partial =
       keep % pageSize === 0
         ? null
@@ -135,13 +138,27 @@ export class State {
           ? { frames: core.cache.hostFrames, pages: [last] }
           : old.pages(core.cache, [full]);
     const blocks = [...this.blocks.slice(0, full), own];
-    core.prefill.begin(keep, blocks);
-    core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
+    let lane: Lane | undefined;
+    core.prefill.enter();
+    try {
+      lane = this.#newLane(length);
+      core.prefill.begin(keep, blocks);
+      core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
+      core.fill(lane, length, blocks);
+    } catch (error) {
+      if (shared) core.pool.release([own]);
+      this.#restore(lane);
+      throw error;
+    } finally {
+      void core.reached().then(
+        () => core.prefill.end(),
+        () => {}, // a device that failed frees nothing until it is closed
+      );
+    }
     core.pool.release(this.blocks.splice(full).filter((id) => id !== own));
     this.blocks.push(own);
     this.ids.length = length;
     this.#replace(lane);
-    core.fill(lane, length, this.blocks);
   }
 
   /** Reserves the block of the next position and, where every page has a frame, makes room for it. Returns the block. */
@@ -193,6 +210,7 @@ export class State {
     core.orchestration.quiesce();
     const added = core.pool.reserve(Math.ceil(total / pageSize) - this.blocks.length, core.decoder.compute);
     let lane: Lane | undefined;
+    core.prefill.enter();
     try {
       lane = this.#newLane(total);
       const blocks = [...this.blocks, ...added];
@@ -202,6 +220,7 @@ export class State {
     } catch (error) {
       core.pool.release(added);
       if (lane) core.laneMemory.give(lane.memory);
+      core.prefill.end();
       throw error;
     }
   }
@@ -228,17 +247,23 @@ export class State {
 
   #commit(change: Change, ids: Int32Array): void {
     this.core.orchestration.quiesce();
-    this.blocks.push(...change.added);
+    this.core.fill(change.lane, this.length + ids.length, change.blocks);
+    for (const id of change.added) this.blocks.push(id);
     for (const id of ids) this.ids.push(id);
     this.#replace(change.lane);
-    this.core.fill(change.lane, this.length, this.blocks);
   }
 
   async #abandon(change: Change): Promise<void> {
     // Its pages still go to blocks that someone else may get now; a device that failed writes nothing.
     await this.core.prefill.settled().catch(() => {});
     this.core.pool.release(change.added);
-    this.core.laneMemory.give(change.lane.memory);
+    this.#restore(change.lane);
+  }
+
+  /** After a change that failed: the lane's index means the old state again. */
+  #restore(failed: Lane | undefined): void {
+    if (failed) this.core.laneMemory.give(failed.memory);
+    unlessFailed(() => this.#lane?.install(this.core.cache, this.blocks, this.core.decoder.compute));
   }
 
   /** Memory for `length` tokens and some more, not yet installed. */

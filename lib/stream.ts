@@ -60,8 +60,12 @@ export class Event extends Handle {
 
 /** Work that was captured once and is launched as one. Stream.capture makes them. */
 export class Graph extends Handle {
-  constructor(context: DeviceContext, handle: number) {
+  /** The kernels of yours in it. */
+  readonly kernels: ReadonlySet<string>;
+
+  constructor(context: DeviceContext, handle: number, kernels: ReadonlySet<string>) {
     super(context, "graph", handle);
+    this.kernels = kernels;
   }
 
   get handle(): number {
@@ -123,6 +127,14 @@ export class Stream extends Handle {
     this.context.lib.fkv_memset_async(addressOf(dst), value, n, this.live);
   }
 
+  /** Set `height` rows of `width` bytes, which lie `pitch` bytes apart, to `value`; what lies between them stays. */
+  memset2d(dst: Memory, pitch: number, value: number, width: number, height: number): void {
+    const stream = this.live;
+    if (width === 0 || height === 0) return;
+    checkFits("stream.memset2d", "dst", dst, pitch * (height - 1) + width);
+    this.context.lib.fkv_memset_2d_async(addressOf(dst), pitch, value, width, height, stream);
+  }
+
   /** Write up to 3072 bytes, taken from `src` now, to device memory when the stream gets there. */
   write(dst: Memory, src: JsMemory): void {
     checkFits("stream.write", "dst", dst, src.byteLength);
@@ -141,7 +153,9 @@ export class Stream extends Handle {
 
   /** Block until all work of this stream is done. */
   synchronize(): void {
-    this.context.lib.fkv_stream_synchronize_sync(this.live);
+    const stream = this.live;
+    this.context.lib.fkv_stream_synchronize_sync(stream);
+    this.context.launches.done(stream);
   }
 
   /**
@@ -150,33 +164,39 @@ export class Stream extends Handle {
    */
   capture(issue: () => void): Graph {
     this.context.lib.fkv_capture_begin(this.live);
+    let kernels: ReadonlySet<string>;
     try {
-      const result: unknown = issue();
-      if (result instanceof Promise)
-        throw badArgument("stream.capture", "takes a function that is not async");
+      kernels = this.context.launches.capture(() => {
+        const result: unknown = issue();
+        if (result instanceof Promise)
+          throw badArgument("stream.capture", "takes a function that is not async");
+      });
     } catch (error) {
       try {
-        this.#endCapture()[Symbol.dispose]();
+        this.#endCapture(new Set())[Symbol.dispose]();
       } catch {
         // A capture that failed half-way need not end well; what made it fail is the error to see.
       }
       throw error;
     }
-    return this.#endCapture();
+    return this.#endCapture(kernels);
   }
 
   launch(graph: Graph): void {
-    this.context.lib.fkv_graph_launch(graph.handle, this.live);
+    const stream = this.live;
+    this.context.lib.fkv_graph_launch(graph.handle, stream);
+    if (graph.kernels.size > 0) this.context.launches.add(stream, graph.kernels);
   }
 
-  #endCapture(): Graph {
+  #endCapture(kernels: ReadonlySet<string>): Graph {
     const { context } = this;
     context.lib.fkv_capture_end(context.u64, this.live);
-    return new Graph(context, Number(context.u64[0]));
+    return new Graph(context, Number(context.u64[0]), kernels);
   }
 
   protected override free(handle: number): void {
     this.context.lib.fkv_stream_destroy_sync(handle);
+    this.context.launches.done(handle);
   }
 }
 

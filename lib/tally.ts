@@ -21,8 +21,6 @@ export class Tally {
   #flagged = 0;
   #hits = 0;
   #misses = 0;
-  /** Pages recalled before attention; the others were on their way while the step computed. */
-  recalledBefore = 0;
   #recalled = 0;
   #stallMs = 0;
   #ttftMs: number | null = null;
@@ -34,7 +32,6 @@ export class Tally {
     this.#flagged += c.flagged;
     this.#hits += c.hits;
     this.#misses += c.misses_now + c.misses_next;
-    this.recalledBefore += c.misses_now;
     this.#recalled += c.misses_now + c.misses_next + c.prefetched;
     this.#stallMs += stallMs;
   }

@@ -35,7 +35,7 @@ export interface PolicyOptions {
   tau?: number | readonly number[] | undefined;
   /** Select for the next step beside this one; false makes the same selection before attention; default true. */
   speculate?: boolean | undefined;
-  /** Pages per head to bring beyond the selection, beside the step; default 0. */
+  /** Pages per head to bring beyond the selection, beside the step, as far as slots have room for them; default 0. */
   prefetch?: number | undefined;
 }
 
@@ -63,7 +63,7 @@ export interface EngineOptions extends PolicyOptions, TaskOptions {
   chain?: "auto" | "split" | undefined;
   /** Where earlier pages wait during prefill; "host" streams them back for each chunk; default "device". */
   prefillKv?: "device" | "host" | undefined;
-  /** Page scores: softmax of scaled scores, then the group's mean ("freekv", default), or the published speed code's raw mean. */
+  /** Page scores: softmax of scaled scores, then the group's mean ("freekv", default), or the published speed code: the group mean of raw scores, on ArkVale digests. */
   estimate?: "freekv" | "paper-speed" | undefined;
   /** The CPU twin's own: a seeded schedule of its streams, a simulated host link, its compute threads. */
   twin?:
@@ -98,7 +98,7 @@ export interface GenerateOptions {
   temperature?: number | undefined;
   topP?: number | undefined;
   topK?: number | undefined;
-  /** Draws depend on the seed and the position alone; default 0. */
+  /** Draws depend on the seed and the position alone; default a random one. */
   seed?: number | undefined;
   /** How many of the most probable tokens to report with each, 0..20. */
   logprobs?: number | undefined;

@@ -4,6 +4,8 @@ import type { Event, Stream } from "./device.ts";
 export const waitNames = [
   /** compute → the recall that the step before started for this layer */
   "attend-after-speculation",
+  /** compute → the recall that precedes a sequence's first step */
+  "first-after-selection",
   /** compute → the recall of flagged heads */
   "attend-after-correction",
   /** side → attention of this layer, which reads the slots that are about to change */
@@ -25,11 +27,23 @@ export type WaitName = (typeof waitNames)[number];
 
 export class Waits {
   readonly #omitted: WaitName | undefined;
+  readonly #recorded = new WeakMap<Event, number>();
+  #step = 0;
   constructor(omitted?: WaitName) {
     this.#omitted = omitted;
   }
-  /** Makes `stream` wait for `event`. */
-  on(stream: Stream, event: Event, name: WaitName): void {
+  /** A step begins: what it waits for has to be recorded in it, or in as many steps before as the wait says. */
+  next(): void {
+    this.#step++;
+  }
+  record(stream: Stream, event: Event): void {
+    stream.record(event);
+    this.#recorded.set(event, this.#step);
+  }
+  /** Makes `stream` wait for `event`; an event of an earlier step would be no wait at all, so it is refused. */
+  on(stream: Stream, event: Event, name: WaitName, stepsBefore = 0): void {
+    if ((this.#recorded.get(event) ?? Number.NEGATIVE_INFINITY) < this.#step - stepsBefore)
+      throw new Error(`${name}: the event was not recorded for this step`);
     if (name !== this.#omitted) stream.wait(event);
   }
 }

@@ -65,7 +65,8 @@ export function openCheckpoint(dir: string | URL): Checkpoint {
     const place = folderPath(dir);
     const main = storedTensor(files, "model.layers.0.self_attn.q_proj.weight", place);
     const config = { ...stated, dtype: dtypeOf(main) };
-    const tensors = plan(config).map((each) => makeTensor(files, each, config.dtype, place));
+    refuseMoreLayers(files, config.layers, place);
+    const tensors = Array.from(plan(config), (each) => makeTensor(files, each, config.dtype, place));
     const bytes = tensors.reduce((sum, tensor) => sum + tensor.bytes, 0);
     return { config, tensors, bytes, [Symbol.dispose]: () => files[Symbol.dispose]() };
   } catch (error) {
@@ -74,30 +75,43 @@ export function openCheckpoint(dir: string | URL): Checkpoint {
   }
 }
 
-/** What each device tensor is made of. */
-function plan(config: ModelConfig): Plan[] {
+/** Fewer layers than the folder has make another model, which would answer something else without a word. */
+function refuseMoreLayers(files: Safetensors, layers: number, place: string): void {
+  for (const name of files.names()) {
+    const layer = Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? -1);
+    if (layer >= layers)
+      throw badFile(
+        place,
+        `holds ${name}, but its config.json says num_hidden_layers ${layers}; mend config.json or fetch it again`,
+      );
+  }
+}
+
+/** What each device tensor is made of, one at a time: a config may call for more of them than memory can list. */
+function* plan(config: ModelConfig): Generator<Plan> {
   const { hidden, heads, kvHeads, headDim, intermediate, vocab } = config;
   const q = heads * headDim;
   const kv = kvHeads * headDim;
-  const plans: Plan[] = [];
-  const whole = (name: string, source: string, shape: readonly number[]): void => {
-    plans.push({ name, shape, parts: [{ source, rows: shape[0] ?? 0, first: 0, step: 1 }] });
-  };
-  const stacked = (name: string, sources: readonly [string, number][], tail: readonly number[]): void => {
+  const whole = (name: string, source: string, shape: readonly number[]): Plan => ({
+    name,
+    shape,
+    parts: [{ source, rows: shape[0] ?? 0, first: 0, step: 1 }],
+  });
+  const stacked = (name: string, sources: readonly [string, number][], tail: readonly number[]): Plan => {
     let first = 0;
     const parts = sources.map(([source, rows]) => {
       first += rows;
       return { source, rows, first: first - rows, step: 1 };
     });
-    plans.push({ name, shape: [first, ...tail], parts });
+    return { name, shape: [first, ...tail], parts };
   };
-  const interleaved = (name: string, sources: readonly string[], tail: readonly number[]): void => {
+  const interleaved = (name: string, sources: readonly string[], tail: readonly number[]): Plan => {
     const step = sources.length;
     const parts = sources.map((source, first) => ({ source, rows: intermediate, first, step }));
-    plans.push({ name, shape: [step * intermediate, ...tail], parts });
+    return { name, shape: [step * intermediate, ...tail], parts };
   };
 
-  whole("embed", "model.embed_tokens.weight", [vocab, hidden]);
+  yield whole("embed", "model.embed_tokens.weight", [vocab, hidden]);
   for (let layer = 0; layer < config.layers; layer++) {
     const to = `layers.${layer}`;
     const from = `model.layers.${layer}`;
@@ -111,29 +125,28 @@ function plan(config: ModelConfig): Plan[] {
       `${from}.mlp.gate_proj.${kind}`,
       `${from}.mlp.up_proj.${kind}`,
     ];
-    whole(`${to}.attnNorm`, `${from}.input_layernorm.weight`, [hidden]);
-    stacked(`${to}.qkv`, qkv("weight"), [hidden]);
-    if (config.qkvBias) stacked(`${to}.qkvBias`, qkv("bias"), []);
+    yield whole(`${to}.attnNorm`, `${from}.input_layernorm.weight`, [hidden]);
+    yield stacked(`${to}.qkv`, qkv("weight"), [hidden]);
+    if (config.qkvBias) yield stacked(`${to}.qkvBias`, qkv("bias"), []);
     if (config.qkNorm) {
-      whole(`${to}.qNorm`, `${attention}.q_norm.weight`, [headDim]);
-      whole(`${to}.kNorm`, `${attention}.k_norm.weight`, [headDim]);
+      yield whole(`${to}.qNorm`, `${attention}.q_norm.weight`, [headDim]);
+      yield whole(`${to}.kNorm`, `${attention}.k_norm.weight`, [headDim]);
     }
-    whole(`${to}.o`, `${attention}.o_proj.weight`, [hidden, q]);
-    if (config.oBias) whole(`${to}.oBias`, `${attention}.o_proj.bias`, [hidden]);
-    whole(`${to}.mlpNorm`, `${from}.post_attention_layernorm.weight`, [hidden]);
-    interleaved(`${to}.gateUp`, gateUp("weight"), [hidden]);
-    if (config.mlpBias) interleaved(`${to}.gateUpBias`, gateUp("bias"), []);
-    whole(`${to}.down`, `${from}.mlp.down_proj.weight`, [hidden, intermediate]);
-    if (config.mlpBias) whole(`${to}.downBias`, `${from}.mlp.down_proj.bias`, [hidden]);
+    yield whole(`${to}.o`, `${attention}.o_proj.weight`, [hidden, q]);
+    if (config.oBias) yield whole(`${to}.oBias`, `${attention}.o_proj.bias`, [hidden]);
+    yield whole(`${to}.mlpNorm`, `${from}.post_attention_layernorm.weight`, [hidden]);
+    yield interleaved(`${to}.gateUp`, gateUp("weight"), [hidden]);
+    if (config.mlpBias) yield interleaved(`${to}.gateUpBias`, gateUp("bias"), []);
+    yield whole(`${to}.down`, `${from}.mlp.down_proj.weight`, [hidden, intermediate]);
+    if (config.mlpBias) yield whole(`${to}.downBias`, `${from}.mlp.down_proj.bias`, [hidden]);
   }
-  whole("norm", "model.norm.weight", [hidden]);
-  if (!config.tied) whole("lmHead", "lm_head.weight", [vocab, hidden]);
-  return plans;
+  yield whole("norm", "model.norm.weight", [hidden]);
+  if (!config.tied) yield whole("lmHead", "lm_head.weight", [vocab, hidden]);
 }
 
 function storedTensor(files: Safetensors, name: string, place: string): StoredTensor {
   const stored = files.get(name);
-  if (stored === undefined) throw badFile(place, `lacks the tensor ${name} that its config.json calls for`);
+  if (stored === undefined) throw badFile(place, `lacks the tensor ${name} that its config.json calls for; mend config.json or fetch it again`);
   return stored;
 }
 

@@ -1,14 +1,15 @@
-// npm run build [twin] [js] [cuda] [cuda:SM] [cuda:here]: without a word, the first three. `npm start`, `npm test` and
+// npm run build [twin] [js] [cuda] [cuda:SM] [cuda:here] [ptx]: without a word, the first three. `npm start`, `npm test` and
 // `npm run bench` build the twin and cuda:here, which takes milliseconds when nothing has changed.
 //   twin  dist/native/<platform>-<arch>/libfreekv_cpu.so   portable: never -march=native
 //   js    dist/lib, dist/ffi                               JS, types and maps for Node and Deno
 //   cuda  dist/native/<platform>-<arch>/libfreekv_cuda.so  every architecture we compile for
 //   cuda:SM    the same for one architecture alone, e.g. cuda:90a: what CI compiles
 //   cuda:here  the same for this machine's GPU; nothing where no driver and no device answers
+//   ptx        .cache/ptx/NAME.ptx   of test/examples/NAME.cu and test/kernels/NAME.cu; nothing where there is no nvcc
 
 import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { BuildError, buildLibrary, findProgram, isBuilt, type Library, root, say } from "./native.ts";
 
 const include = `-I${join(root, "cuda")}`;
@@ -98,7 +99,34 @@ async function buildCudaHere(): Promise<void> {
   const sm = architectureHere();
   if (sm === undefined) return;
   if (findNvcc() !== undefined) await buildNative(cuda([sm], []));
-  else say("a GPU answers, but there is no nvcc to build the CUDA library with; install the CUDA toolkit (13 or later)");
+  else
+    say(
+      "a GPU answers, but there is no nvcc to build the CUDA library with; install the CUDA toolkit (13 or later)",
+    );
+}
+
+/** The kernels of examples and tests, as PTX that every GPU we support can run. */
+async function buildPtx(): Promise<void> {
+  const compiler = findNvcc();
+  if (compiler === undefined) return;
+  const dir = join(root, ".cache", "ptx");
+  for (const source of [...sources("test/examples", ".cu"), ...sources("test/kernels", ".cu")]) {
+    const words = ["-ptx", "-O3", "-std=c++20", "-arch=compute_80", source];
+    const made = createHash("sha256").update(JSON.stringify(words)).update(readFileSync(source));
+    const [file, stamp] = [".ptx", ".stamp"].map((end) => join(dir, `${basename(source, ".cu")}${end}`)) as [
+      string,
+      string,
+    ];
+    const key = made.digest("hex");
+    if (existsSync(file) && existsSync(stamp) && readFileSync(stamp, "utf8") === key) continue;
+    mkdirSync(dir, { recursive: true });
+    const temporary = `${file}.${process.pid}.tmp`;
+    const { success, stderr } = Bun.spawnSync([compiler, ...words, "-o", temporary]);
+    if (!success) throw new BuildError(`could not compile ${basename(source)}:\n${stderr}`, 1);
+    rmSync(stamp, { force: true });
+    renameSync(temporary, file);
+    writeFileSync(stamp, key);
+  }
 }
 
 /** Of the files that the JS is made from: another hash, another build. */
@@ -157,6 +185,7 @@ const targets: Record<string, () => Promise<void>> = {
   js: buildJs,
   cuda: () => buildNative(everyCuda()),
   "cuda:here": buildCudaHere,
+  ptx: buildPtx,
   ...Object.fromEntries(architectures.map((sm) => [`cuda:${sm}`, () => buildNative(cuda([sm], []))])),
 };
 const usual: readonly string[] = ["twin", "js", "cuda"];

@@ -23,7 +23,7 @@ const nodeModules = join(root, "node_modules");
 /** A script is a list of Bun command lines; the caller's arguments go to the last. */
 const scripts = {
   start: [["scripts/build.ts", "twin", "cuda:here"], ["lib/cli.ts"]],
-  test: [["scripts/build.ts", "twin", "cuda:here"], ["scripts/test.ts"]],
+  test: [["scripts/build.ts", "twin", "cuda:here", "ptx"], ["scripts/test.ts"]],
   bench: [["scripts/build.ts", "twin", "cuda:here"], ["bench/run.ts"]],
   check: [["scripts/check.ts"]],
   build: [["scripts/build.ts"]],

@@ -4,9 +4,11 @@
 //   -v, --verbose    show all output of every file (a failing file's is shown anyway)
 //   -t, --name NAME  only tests whose name matches this regular expression
 //   -j, --jobs N     files at a time
+//       --device D   "cpu" (default: the twin) or "cuda": then only the files that open test/target.ts's device run, on the
+//                    first GPU, and what only the twin has is skipped and counted
 
-import { readdirSync } from "node:fs";
-import { basename, join } from "node:path";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
 import { parseArgs } from "node:util";
 import { root, say } from "./native.ts";
 import { buildForNode, bun, type Count, type Runtime, runtimes } from "./runtimes.ts";
@@ -27,7 +29,11 @@ interface Result extends Count {
   note: string;
 }
 
-async function runJob({ label, files, runtime }: Job, pattern: string | undefined): Promise<Result> {
+async function runJob(
+  { label, files, runtime }: Job,
+  pattern: string | undefined,
+  device: string,
+): Promise<Result> {
   const start = performance.now();
   const ended = (note: string, output: string, count: Partial<Count> = {}): Result => {
     const { passed = 0, failed = 0, skipped = 0 } = count;
@@ -42,7 +48,7 @@ async function runJob({ label, files, runtime }: Job, pattern: string | undefine
   if (refused !== undefined) return ended("could not be compiled", refused);
   const child = Bun.spawn(command, {
     cwd: root,
-    env: { ...process.env, NO_COLOR: "1", FORCE_COLOR: undefined },
+    env: { ...process.env, NO_COLOR: "1", FORCE_COLOR: undefined, FREEKV_TEST_DEVICE: device },
     stdio: ["ignore", "pipe", "pipe"],
     timeout: fileMs,
     killSignal: "SIGKILL",
@@ -88,6 +94,7 @@ function readArguments() {
         verbose: { type: "boolean", short: "v", default: false },
         name: { type: "string", short: "t" },
         jobs: { type: "string", short: "j", default: "1" },
+        device: { type: "string", default: "cpu" },
       },
     });
   } catch (error) {
@@ -96,8 +103,17 @@ function readArguments() {
   }
 }
 
+/** Whether a test file, or what it imports of test/, asks test/target.ts for its device. */
+function opensTarget(file: string, seen = new Set<string>()): boolean {
+  if (file === join(root, "test", "target.ts")) return true;
+  if (seen.has(file) || !file.startsWith(join(root, "test")) || !existsSync(file)) return false;
+  seen.add(file);
+  const imports = readFileSync(file, "utf8").matchAll(/ from "(\.{1,2}\/[^"]+\.ts)"/g);
+  return [...imports].some(([, path = ""]) => opensTarget(join(dirname(file), path), seen));
+}
+
 /** A job for each file of test/, and one for each runtime of all the files of test/conformance. */
-function jobsOf(words: readonly string[]): Job[] {
+function jobsOf(words: readonly string[], device: string): Job[] {
   const filesOf = (folder: string): string[] => {
     const names = readdirSync(join(root, folder)).filter((name) => name.endsWith(".test.ts"));
     const paths = names.sort().map((name) => join(folder, name));
@@ -110,6 +126,7 @@ function jobsOf(words: readonly string[]): Job[] {
     files: [join(root, file)],
     runtime: bun,
   }));
+  if (device !== "cpu") return jobs.filter((job) => job.files.every((file) => opensTarget(file)));
   const files = filesOf("test/conformance").map((file) => join(root, file));
   if (files.length === 0) return jobs;
   return [
@@ -120,13 +137,18 @@ function jobsOf(words: readonly string[]): Job[] {
 
 async function main(): Promise<number> {
   const { values, positionals: words } = readArguments();
-  const jobs = jobsOf(words);
+  const { device } = values;
+  if (device !== "cpu" && device !== "cuda") {
+    say(`--device is cpu or cuda, not ${device}`);
+    return 2;
+  }
+  const jobs = jobsOf(words, device);
   const total: Count = { passed: 0, failed: 0, skipped: 0 };
   const failures: Result[] = [];
   const queue = [...jobs];
   const worker = async (): Promise<void> => {
     for (let job = queue.shift(); job !== undefined; job = queue.shift()) {
-      const result = await runJob(job, values.name);
+      const result = await runJob(job, values.name, device);
       report(result, values.verbose);
       total.passed += result.passed;
       total.failed += result.failed;

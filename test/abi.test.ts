@@ -78,7 +78,7 @@ function kindsFor(type: string): ArgKind[] {
   if (type === "int32_t") return ["i32"];
   if (type === "uint64_t") return ["u64"];
   // Handles are addresses; parameter structs are JavaScript memory; other memory depends on what the entry does with it.
-  if (/^fkv_(device|stream|event|graph)\*$/.test(type)) return ["ptr"];
+  if (/^fkv_(device|stream|event|graph|module|kernel|program)\*$/.test(type)) return ["ptr"];
   if (/^fkv_(cache|workspace|phase|device_info|\w+_params)\*$/.test(type) || type.endsWith("**"))
     return ["buf"];
   return type.endsWith("*") ? ["ptr", "ptr?", "buf", "mem"] : [];

@@ -17,6 +17,7 @@ import {
   timeout,
   tokens,
 } from "./pipeline.ts";
+import { onTarget, twinOnly } from "./target.ts";
 
 const dir = checkpoint();
 const ids = tokens(900);
@@ -266,6 +267,7 @@ test("an engine that is disposed ends what runs, and says so", { timeout }, asyn
 
 test("what fails on the device reaches the caller, and the engine can still be disposed", {
   timeout,
+  skip: twinOnly,
 }, async () => {
   // Without this wait a conversion may come before its entries were written, which the twin refuses.
   for (let scheduleSeed = 1; ; scheduleSeed++) {
@@ -284,7 +286,7 @@ test("what fails on the device reaches the caller, and the engine can still be d
 
 test("a load that the device has no memory for leaves no device behind", {
   timeout,
-  skip: process.platform !== "linux",
+  skip: twinOnly || process.platform !== "linux",
 }, async () => {
   const wide = checkpoint({ contextLength: 2 ** 34 });
   // Of a device, its threads are what can be counted from outside.
@@ -298,7 +300,7 @@ test("a load that the device has no memory for leaves no device behind", {
 
 test("fifty sequences of every policy come and go, and nothing is left of them", { timeout }, async () => {
   for (const options of [{ orchestration: "captured" }, { recall: "staged" }] as const) {
-    const loaded = await loadCore(dir, { device: "cpu", ...small, ...options });
+    const loaded = await loadCore(dir, onTarget({ ...small, ...options }));
     await using engine = new Engine(loaded);
     const { device } = loaded.core;
     const policies = ["freekv", "full", "retrieve", "streaming", "quest"] as const;
@@ -320,4 +322,43 @@ test("fifty sequences of every policy come and go, and nothing is left of them",
     assertEquals(measure(), before);
     assertEquals(before.slice(2), [0, 0]);
   }
+});
+
+test("a prompt that fills the context answers, and leaves the engine whole", { timeout }, async () => {
+  for (const policy of ["freekv", "retrieve", "full", "streaming", "quest"] as const) {
+    await using engine = await load(dir, { maxContext: 320, policy });
+    using full = await engine.prefill(tokens(320));
+    const { tokens: drawn, finishReason } = await full.generate({ maxTokens: 5 }).result();
+    assertEquals([drawn, finishReason], [[], "context"]);
+    assertEquals((await engine.generate(tokens(320), { maxTokens: 3 }).result()).tokens, []);
+    assertEquals((await engine.generate(tokens(310), { maxTokens: 3 }).result()).tokens.length, 3);
+  }
+});
+
+test("more generations than sequences take turns", { timeout }, async () => {
+  await using engine = await load(dir, { maxSequences: 2 });
+  const all = await Promise.all(
+    Array.from({ length: 7 }, (_, i) => engine.generate(tokens(40 + i), { maxTokens: 4 }).result()),
+  );
+  for (const [i, { tokens: drawn }] of all.entries()) {
+    await using alone = await load(dir);
+    assertEquals(drawn, (await alone.generate(tokens(40 + i), { maxTokens: 4 }).result()).tokens);
+  }
+  using one = await engine.prefill(tokens(40));
+  using two = await engine.prefill(tokens(41));
+  await assertRejects(() => engine.generate(tokens(42)).text(), FreeKVError, "all 2 sequences are alive");
+  assertEquals([one.length, two.length], [40, 41]);
+});
+
+test("what cannot be a row is refused before anything runs, and hurts nobody else", { timeout }, async () => {
+  await using engine = await load(dir);
+  assertThrows(
+    () => engine.generate(tokens(40), { topK: 1e12, temperature: 1 }),
+    FreeKVError,
+    "topK must be at most",
+  );
+  for (const prompt of [undefined, null, { messages: [] }, [1n], [1.5], [Number.NaN]])
+    await assertRejects(() => engine.prefill(prompt as never), FreeKVError);
+  assertThrows(() => engine.generate(tokens(40), { topK: -1 }), FreeKVError);
+  assertEquals((await engine.generate(tokens(40), { maxTokens: 2 }).result()).tokens.length, 2);
 });

@@ -7,6 +7,7 @@ import { FreeKVError } from "../lib/errors.ts";
 import type { EngineOptions, Progress } from "../lib/types.ts";
 import { type WaitName, waitNames } from "../lib/waits.ts";
 import { checkpoint, k, load, loadWithout, score, type Trace, timeout, tokens } from "./pipeline.ts";
+import { twinOnly } from "./target.ts";
 
 const dir = checkpoint();
 const ids = tokens(600);
@@ -16,6 +17,7 @@ const seeds = 50;
 /** Engine options under which each wait matters, and what shows it (decode, unless told otherwise). */
 const cases: Record<WaitName, { options: EngineOptions; work?: (engine: Engine) => Promise<Trace[]> }[]> = {
   "attend-after-speculation": [{ options: { recall: "staged" } }, { options: { recall: "fragmented" } }],
+  "first-after-selection": [{ options: { recall: "staged" } }, { options: { recall: "fragmented" } }],
   "attend-after-correction": [{ options: { recall: "staged" } }, { options: { recall: "fragmented" } }],
   "speculate-after-attend": [
     { options: { orchestration: "captured" } },
@@ -87,7 +89,7 @@ test("every wait has a case", () => {
 
 for (const name of waitNames) {
   for (const { options, work = decode } of cases[name]) {
-    test(`${name} is needed with ${JSON.stringify(options)}`, { timeout }, async () => {
+    test(`${name} is needed with ${JSON.stringify(options)}`, { timeout, skip: twinOnly }, async () => {
       const all = { slots: k, ...options };
       const expected = await outcome(await load(dir, all), work);
       assert(typeof expected === "object", `with all waits: ${expected}`);

@@ -11,6 +11,7 @@ import type { Sequence } from "../lib/sequence.ts";
 import type { EngineOptions, GenerateOptions, TokenIds } from "../lib/types.ts";
 import type { WaitName } from "../lib/waits.ts";
 import { type TinyOptions, writeTinyCheckpoint } from "./checkpoints.ts";
+import { onTarget } from "./target.ts";
 
 export const timeout = 60_000;
 
@@ -31,13 +32,13 @@ export function checkpoint(options: TinyOptions = {}): string {
   return writeTinyCheckpoint(dir, { layers: 3, ...options });
 }
 
-/** On the twin, with the budget of `small` unless told otherwise. */
+/** On the run's device, with the budget of `small` unless told otherwise. */
 export const load = (dir: string, options: EngineOptions = {}): Promise<Engine> =>
-  Engine.load(dir, { device: "cpu", ...small, ...options });
+  Engine.load(dir, onTarget({ ...small, ...options }));
 
 /** The same without one of its waits. */
 export async function loadWithout(dir: string, wait: WaitName, options: EngineOptions): Promise<Engine> {
-  return new Engine(await loadCore(dir, { device: "cpu", ...small, ...options }, wait));
+  return new Engine(await loadCore(dir, onTarget({ ...small, ...options }), wait));
 }
 
 /** Token ids that depend on the seed alone. Some follow each other in runs, so that some queries resemble their predecessors. */

@@ -7,6 +7,7 @@ import { meanCosine } from "./reference/retrieval.ts";
 import { Random } from "./retrieval/random.ts";
 import { Rig } from "./retrieval/rig.ts";
 import type { RigRow } from "./retrieval/rows.ts";
+import { twinOnly } from "./target.ts";
 
 const exact = { lane: 0, correction: "exact", speculation: "none", prefetch: 0 } as const;
 const plan = { sinkPages: 1, windowPages: 1, k: 1, slots: 1 };
@@ -160,7 +161,10 @@ for (const deviceLayout of ["nhd", "hnd"] as const) {
   });
 }
 
-test("gather waits for the host link, but not for a page that leaves the window", { timeout: 30_000 }, () => {
+test("gather waits for the host link, but not for a page that leaves the window", {
+  timeout: 30_000,
+  skip: twinOnly,
+}, () => {
   const lanes = [{ ...plan, k: 3, slots: 3 }];
   const pageMs = 40;
   const linkBytesPerSecond = (2 * 16 * 16 * 4) / (pageMs / 1000);

@@ -4,6 +4,7 @@
 import { test } from "node:test";
 import { assert, assertEquals, assertGreaterOrEqual, assertLess, assertMatch } from "@std/assert";
 import { open, quickest, refused, timeout } from "./runtime.ts";
+import { onTwin, twinOnly } from "./target.ts";
 
 // ---- memory ----
 
@@ -18,7 +19,7 @@ test("device memory starts as NaN, and its bytes are counted until they are free
   stream.synchronize();
   assert(host.view(Uint8Array).every((x) => x === 0xff));
   assertEquals(device.memory().allocatedBytes - start.allocatedBytes, 1000);
-  assertEquals(start.freeBytes - device.memory().freeBytes, 1000);
+  if (onTwin) assertEquals(start.freeBytes - device.memory().freeBytes, 1000);
   const { address } = there;
   there[Symbol.dispose]();
   assertEquals(device.memory().allocatedBytes, start.allocatedBytes);
@@ -108,7 +109,10 @@ test("what runs past an allocation is refused with how far", { timeout }, () => 
   );
 });
 
-test("pageable memory: read at the call, never written, pinned by registration", { timeout }, () => {
+test("pageable memory: read at the call, never written, pinned by registration", {
+  timeout,
+  skip: twinOnly,
+}, () => {
   using elsewhere = open(); // what another device pinned is ordinary memory to this one, with an address
   using memory = elsewhere.pinned(4096);
   using device = open();
@@ -139,7 +143,7 @@ test("pageable memory: read at the call, never written, pinned by registration",
 
 // ---- the simulated link ----
 
-test("the link takes bytes / rate, shares a way, and has two of them", { timeout }, () => {
+test("the link takes bytes / rate, shares a way, and has two of them", { timeout, skip: twinOnly }, () => {
   const bytes = 25_000_000;
   using device = open({ linkBytesPerSecond: 1e9 });
   using first = device.stream();
@@ -194,8 +198,9 @@ test("the device's clock adds up what lies between start and stop", { timeout },
     stream.synchronize();
     return Number(clock.view(BigUint64Array)[1]) / 1e6;
   });
-  assertGreaterOrEqual(totals[0] ?? 0, 5);
-  assertGreaterOrEqual((totals[1] ?? 0) - (totals[0] ?? 0), 5);
+  const least = onTwin ? 5 : 0.05; // milliseconds that 5 MB take
+  assertGreaterOrEqual(totals[0] ?? 0, least);
+  assertGreaterOrEqual((totals[1] ?? 0) - (totals[0] ?? 0), least);
   assertLess(totals[1] ?? 0, 1000);
   assertMatch(
     refused("BAD_ARGUMENT", () => device.call("fkv_clock_start", mark + 4, stream.handle)),

@@ -1,12 +1,12 @@
-// What the tests of the twin's runtime share.
+// What the tests of a device's runtime share.
 
 import { assertEquals, assertThrows } from "@std/assert";
-import { Device, type DeviceOptions, FreeKVError, type Graph, type Stream } from "../lib/device.ts";
+import { type Device, type DeviceOptions, FreeKVError, type Graph, type Stream } from "../lib/device.ts";
+import { openTarget } from "./target.ts";
 
 export const timeout = 20_000;
 
-export const open = (options: DeviceOptions = {}): Device =>
-  Device.open({ device: "cpu", debug: true, ...options });
+export const open = (options: DeviceOptions = {}): Device => openTarget({ debug: true, ...options });
 
 /** C's text of what `fn` throws, which must be a refusal with this C status. */
 export function refused(status: string, fn: () => unknown): string {

@@ -52,6 +52,10 @@ test("structs survive a round trip, at any place of a ring", () => {
     free_bytes: 1,
     allocated_bytes: 0,
     pinned_bytes: 0,
+    shared_bytes_per_block: 232448,
+    l2_bytes: 50 * 2 ** 20,
+    max_threads_per_block: 1024,
+    warp_size: 32,
     name: "GPU µ",
   });
   assertEquals(read.fkv_device_info(new DataView(named), 0).name, "GPU µ");

@@ -6,10 +6,11 @@ import { assert, assertEquals, assertGreaterOrEqual, assertMatch, assertRejects 
 import { FreeKVError } from "../lib/errors.ts";
 import { EngineWorker } from "./examples/worker.ts";
 import { checkpoint, load, small, timeout, tokens } from "./pipeline.ts";
+import { onTarget } from "./target.ts";
 
 const prompt = tokens(200);
 const drawn = { maxTokens: 40, ignoreEos: true, temperature: 1, seed: 4 } as const;
-const open = (dir: string): EngineWorker => new EngineWorker(dir, { device: "cpu", ...small });
+const open = (dir: string): EngineWorker => new EngineWorker(dir, onTarget(small));
 
 async function collect(generation: AsyncIterable<{ id: number }>): Promise<number[]> {
   const ids: number[] = [];

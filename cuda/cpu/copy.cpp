@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "rows.h"
 #include "runtime.h"
 
 using namespace fkv;
@@ -123,6 +124,22 @@ int32_t fkv_memset_async(void* dst, int32_t value, uint64_t bytes, fkv_stream* s
     return launch(stream, "fkv_memset_async", [=](Context&) {
       require_reachable(device, dst, bytes, "dst");
       std::memset(dst, value, bytes);
+    });
+  });
+}
+
+int32_t fkv_memset_2d_async(void* dst, uint64_t pitch, int32_t value, uint64_t width, uint64_t height,
+                            fkv_stream* stream) {
+  return guarded([&]() -> int32_t {
+    if (const int32_t status = check(stream)) return status;
+    if (const int32_t status = check_rows(pitch, width, height)) return status;
+    const uint64_t bytes = width == 0 || height == 0 ? 0 : (height - 1) * pitch + width;
+    if (const int32_t status = check_reachable(stream, dst, bytes, "dst")) return status;
+    if (bytes == 0) return FKV_OK;
+    fkv_device* device = stream->device;
+    return launch(stream, "fkv_memset_2d_async", [=](Context&) {
+      require_reachable(device, dst, bytes, "dst");
+      for (uint64_t row = 0; row < height; ++row) std::memset(static_cast<char*>(dst) + row * pitch, value, width);
     });
   });
 }

@@ -1,6 +1,7 @@
 // embed.cpp: token ids to rows of the embedding table.
 #include <algorithm>
 
+#include "../checks_dense.h"
 #include "math.h"
 #include "twin.h"
 
@@ -18,11 +19,7 @@ FKV_VECTOR void widen_row(float* out, const void* table, int64_t first, int64_t 
 
 extern "C" int32_t fkv_embed(float* out, const int32_t* tokens, const void* table, int32_t dtype, int32_t hidden,
                              int32_t vocab, int32_t n_rows, fkv_stream* stream) {
-  FKV_REQUIRE(out && tokens && table && stream, FKV_BAD_ARGUMENT, "fkv_embed: out, tokens, table or stream is null");
-  FKV_REQUIRE(dtype == FKV_F32 || dtype == FKV_BF16 || dtype == FKV_F16, FKV_BAD_ARGUMENT,
-              "fkv_embed: dtype %d is none of F32, BF16, F16", dtype);
-  FKV_REQUIRE(hidden > 0 && vocab > 0 && n_rows > 0, FKV_BAD_SHAPE,
-              "fkv_embed: hidden %d, vocab %d and n_rows %d must be positive", hidden, vocab, n_rows);
+  if (const int32_t status = fkv::check_embed(out, tokens, table, dtype, hidden, vocab, n_rows, stream)) return status;
   return fkv::launch(stream, "fkv_embed", [=](fkv::Context& context) {
     context.parallel(n_rows, std::max(1, (1 << 15) / hidden), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

@@ -1,4 +1,5 @@
 // retrieve.cpp: the fused retrieval runs the bodies of the separate operations in their order: the same bits.
+#include "../checks_dense.h"
 #include "../frames.h"
 #include "../serves.h"
 #include "stages.h"

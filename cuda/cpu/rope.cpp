@@ -3,18 +3,17 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../checks_dense.h"
 #include "math.h"
 #include "stages.h"
 
 namespace fkv {
 namespace {
 
-constexpr int32_t kMaxHeadDim = 1024;
-
 // Cosines and sines of one row, shared by its heads: angles in float64, because at position 10^5 an f32 angle is off by
 // up to 4e-3.
 struct Turn {
-  float cos[kMaxHeadDim / 2], sin[kMaxHeadDim / 2];
+  float cos[kMaxRopeDim / 2], sin[kMaxRopeDim / 2];
 };
 
 void turn_of(Turn& turn, const fkv_rope_params& params, int32_t position) {
@@ -56,25 +55,6 @@ void rope_rows(Context& context, const fkv_rope_params& params) {
                  params.eps);
     }
   });
-}
-
-int32_t check_rope(const char* call, const fkv_rope_params* params) {
-  FKV_REQUIRE(params != nullptr, FKV_BAD_ARGUMENT, "%s: rope params is null", call);
-  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_rope_params), FKV_ABI_MISMATCH,
-              "%s: rope struct_bytes is %u, this library's is %zu", call, params->struct_bytes,
-              sizeof(fkv_rope_params));
-  FKV_REQUIRE(params->qkv && params->positions && params->inv_freq, FKV_BAD_ARGUMENT,
-              "%s: qkv, positions or inv_freq of rope is null", call);
-  FKV_REQUIRE(params->n_rows > 0 && params->n_q_heads > 0 && params->n_kv_heads > 0, FKV_BAD_SHAPE,
-              "%s: rope n_rows %d, n_q_heads %d and n_kv_heads %d must be positive", call, params->n_rows,
-              params->n_q_heads, params->n_kv_heads);
-  FKV_REQUIRE(params->head_dim > 0 && params->head_dim % 2 == 0 && params->head_dim <= kMaxHeadDim, FKV_BAD_SHAPE,
-              "%s: head_dim %d of rope must be even and at most %d", call, params->head_dim, kMaxHeadDim);
-  FKV_REQUIRE(params->dtype == FKV_F32 || params->dtype == FKV_BF16 || params->dtype == FKV_F16, FKV_BAD_ARGUMENT,
-              "%s: dtype %d of rope is none of F32, BF16, F16", call, params->dtype);
-  FKV_REQUIRE(params->eps >= 0.0f || !(params->q_norm || params->k_norm), FKV_BAD_ARGUMENT,
-              "%s: eps %g of rope cannot be negative", call, static_cast<double>(params->eps));
-  return FKV_OK;
 }
 
 }  // namespace fkv

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../checks_dense.h"
 #include "../frames.h"
 #include "math.h"
 #include "twin.h"
@@ -170,6 +171,7 @@ void sample_row(const fkv_cache& cache, const fkv_sample_params& params, int32_t
     }
   }
   result.logprob = log_probability(row.target >= 0 ? row.target : result.token);
+  if (top == kNegativeInfinity) result.logprob = std::numeric_limits<float>::quiet_NaN();  // no distribution to tell of
   result.stall_ns = params.stall ? *params.stall : 0;
   result.counters = cache.counters[index];
 
@@ -183,17 +185,7 @@ void sample_row(const fkv_cache& cache, const fkv_sample_params& params, int32_t
 }  // namespace fkv
 
 extern "C" int32_t fkv_sample(const fkv_cache* cache, const fkv_sample_params* params, fkv_stream* stream) {
-  FKV_REQUIRE(params && stream, FKV_BAD_ARGUMENT, "fkv_sample: params or stream is null");
-  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_sample_params), FKV_ABI_MISMATCH,
-              "fkv_sample: params.struct_bytes is %u, this library's is %zu", params->struct_bytes,
-              sizeof(fkv_sample_params));
-  if (const int32_t status = fkv::check_step("fkv_sample", cache, 0, params->n_rows)) return status;
-  FKV_REQUIRE(cache->sampled && cache->counters, FKV_BAD_ARGUMENT,
-              "fkv_sample: sampled or counters of the cache is null");
-  FKV_REQUIRE(params->results && params->step && params->scratch, FKV_BAD_ARGUMENT,
-              "fkv_sample: results, step or scratch is null");
-  FKV_REQUIRE(params->vocab > 0 && params->ring_entries > 0, FKV_BAD_SHAPE,
-              "fkv_sample: vocab %d and ring_entries %d must be positive", params->vocab, params->ring_entries);
+  if (const int32_t status = fkv::check_sample(cache, params, stream)) return status;
   return fkv::launch(stream, "fkv_sample", [cache = *cache, params = *params](fkv::Context& context) {
     context.parallel(params.n_rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) fkv::sample_row(cache, params, static_cast<int32_t>(row));

@@ -115,7 +115,8 @@ void select_head(const fkv_cache& cache, const fkv_workspace& workspace, int32_t
   choose(head, workspace.scores + list * cache.max_pages, candidates, ahead, memory.ranking);
   lane.n_selected[table] = head.n_selected;
   fkv_counters& counters = cache.counters[row_index];
-  add_count(counters.selected, head.n_selected);
+  const bool counted = counts_selection(cache, layer, row_index, h, stage);
+  if (counted) add_count(counters.selected, head.n_selected);
   if (lane.resident) {
     std::fill_n(head.selected_slot, head.n_selected, -1);
     return;
@@ -135,7 +136,7 @@ void select_head(const fkv_cache& cache, const fkv_workspace& workspace, int32_t
   if (ahead > 0) prefetch(head, memory.ranking, memory.victims, next);
   workspace.n_misses[list] = head.n_misses;
 
-  add_count(counters.hits, head.n_selected - n_absent);
+  if (counted) add_count(counters.hits, head.n_selected - n_absent);
   add_count(stage == FKV_NOW ? counters.misses_now : counters.misses_next, n_absent - head.n_moved);
   add_count(counters.moved, head.n_moved);
   add_count(counters.prefetched, head.n_misses - n_absent);

@@ -8,8 +8,6 @@ namespace fkv {
 
 // What fkv_rope does when the stream gets there: QK-norm, then RoPE, in place on params.qkv.
 void rope_rows(Context& context, const fkv_rope_params& params);
-// What fkv_rope requires of its parameters; `call` is the entry that they were given to.
-int32_t check_rope(const char* call, const fkv_rope_params* params);
 
 // What fkv_append does: K and V of each row's token into its page.
 void append_rows(Context& context, const fkv_cache& cache, const float* qkv, int32_t layer, int32_t n_rows);

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Command } from "commander";
 import { packageRoot } from "../../ffi/root.ts";
-import { type LibraryKind, libraryPlaces } from "../../ffi/search.ts";
+import { type LibraryKind, libraryPlaces, wayToGet } from "../../ffi/search.ts";
 import { demoModel } from "../demo.ts";
 import { Device, type DeviceInfo, Event } from "../device.ts";
 import { FreeKVError } from "../errors.ts";
@@ -153,11 +153,10 @@ function measureLink(device: Device): { h2dBytesPerSecond: number; d2hBytesPerSe
 /** What to do about a device that does not work; for a GPU nobody asked for, how to get it. */
 function adviceOf({ kind, error }: Finding, asked: string): string {
   if (error === null) return "nothing";
-  if (error.code === "ABI_MISMATCH") return `rebuild the ${kind} library of this version: npm run build`;
+  if (error.code === "ABI_MISMATCH") return `get the ${kind} library of this version: ${wayToGet(kind)}`;
   if (error.code !== "LIBRARY_NOT_FOUND") return error.message.replace(/\s*\n\s*/g, " ");
-  if (kind === "cpu") return "build the CPU twin (needs a C++20 compiler): npm run build:twin";
-  const build = "build the CUDA library (needs nvcc, and a GPU's driver to run): npm run build";
-  return asked === "auto" ? build : `${build}; or use --device cpu`;
+  const get = `get the ${kind === "cpu" ? "CPU twin" : "CUDA library"}: ${wayToGet(kind)}`;
+  return kind === "cpu" || asked === "auto" ? get : `${get}; or use --device cpu`;
 }
 
 function linesOf({ kind, tried, device }: Finding, advice: string | null): string[] {

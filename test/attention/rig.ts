@@ -1,10 +1,10 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// A cache on the twin for tests of attention and pages: stories (K and V of every token) placed where a lane keeps them.
+// A cache for tests of attention and pages: stories (K and V of every token) placed where a lane keeps them.
 // Device memory starts as NaN, so whatever reads a page that was not placed shows.
 
 import type { Values } from "../../ffi/structs.ts";
 import {
-  Device,
+  type Device,
   type DeviceBuffer,
   FKV_BF16,
   FKV_F16,
@@ -18,6 +18,7 @@ import { fromFloat32, toFloat32 } from "../../lib/float.ts";
 import { attend, type View, visitedPages } from "../reference/attention.ts";
 import { frameOf, type PageLayout, stridesOf } from "../retrieval/images.ts";
 import type { Random } from "../retrieval/random.ts";
+import { openTarget } from "../target.ts";
 
 export type Dtype = "f32" | "bf16" | "f16";
 export const dtypeCodes: Readonly<Record<Dtype, number>> = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
@@ -94,7 +95,7 @@ export class Rig implements Disposable {
     this.elementBytes = this.dtype === "f32" ? 4 : 2;
     this.frameBytes = this.kvHeads * 2 * this.pageSize * this.headDim * this.elementBytes;
     const { threads, scheduleSeed, linkBytesPerSecond } = options;
-    this.device = Device.open({ device: "cpu", debug: true, threads, scheduleSeed, linkBytesPerSecond });
+    this.device = openTarget({ debug: true, threads, scheduleSeed, linkBytesPerSecond });
     this.stream = this.device.stream();
     this.rows = this.device.alloc(size.fkv_row * this.maxRows);
     this.#lanes = this.device.alloc(size.fkv_lane * 8);

@@ -31,6 +31,7 @@ const kinds: { readonly [N in keyof Calls]: KindsOf<Parameters<Calls[N]>> } = {
   fkv_memcpy_async: ["address", "either", "u64", "address"],
   fkv_memcpy_2d_async: ["address", "u64", "either", "u64", "u64", "u64", "address"],
   fkv_memset_async: ["address", "i32", "u64", "address"],
+  fkv_memset_2d_async: ["address", "u64", "i32", "u64", "u64", "address"],
   fkv_write_async: ["address", "either", "u64", "address"],
   fkv_stream_create: ["memory", "address"],
   fkv_stream_destroy_sync: ["address"],
@@ -67,6 +68,14 @@ const kinds: { readonly [N in keyof Calls]: KindsOf<Parameters<Calls[N]>> } = {
   fkv_pages_digest: ["memory", "memory", "i32", "address"],
   fkv_prefill_append: ["memory", "memory", "address"],
   fkv_prefill_attend: ["memory", "memory", "address"],
+  fkv_module_load: ["memory", "either", "u64", "address"],
+  fkv_module_unload_sync: ["address"],
+  fkv_module_kernel: ["memory", "memory", "memory", "i32", "address"],
+  fkv_kernel_launch: ["address", "memory", "memory", "address"],
+  fkv_program_compile_sync: ["memory", "memory", "memory", "memory", "memory", "address"],
+  fkv_program_sizes: ["memory", "memory", "address"],
+  fkv_program_read: ["memory", "memory", "address"],
+  fkv_program_destroy: ["address"],
 };
 
 /** A value, and what C is to see: a number, an address, or the first 8 bytes of JavaScript memory. */

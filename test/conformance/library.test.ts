@@ -17,7 +17,8 @@ test("a missing library is named, and so is every place that was searched", () =
     assertEquals(error.detail.tried, [{ path, origin: "libraryPath", reason: "no such file" }]);
     assert(error.message.includes(path), error.message);
   }
-  assertEquals(cuda.Device.list({ libraryPath: path }), []);
+  const listed = thrown("LIBRARY_NOT_FOUND", () => cuda.Device.list({ libraryPath: path }));
+  assertMatch(listed.message, /no library at libraryPath .*--library-path.*\n {2}.*none\.so: no such file/);
 });
 
 test("a library of another processor cannot be loaded, and the reason says so", () => {
@@ -34,6 +35,14 @@ test("a library of another processor cannot be loaded, and the reason says so", 
   assertEquals(tried?.path, path);
   assertMatch(tried?.reason ?? "", /.{10}/);
   assert(error.message.includes(tried?.reason ?? "?"), error.message);
+});
+
+test("a library at a path lists its own devices", () => {
+  using device = open();
+  const { libraryPath } = device;
+  assertEquals(cuda.Device.list({ libraryPath }), [{ device: "cpu", libraryPath }]);
+  const unknown = { libraryPaht: libraryPath } as cuda.LibraryChoice;
+  assertMatch(thrown("BAD_ARGUMENT", () => cuda.Device.list(unknown)).message, /Device\.list.*libraryPaht/);
 });
 
 test("what is no library at all is refused the same way", () => {

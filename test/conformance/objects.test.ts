@@ -16,6 +16,8 @@ test("a device tells what it is", { timeout }, () => {
   assertEquals([info.computeCapability, info.multiprocessors], [null, 2]);
   assertGreater(info.totalBytes, 2 ** 28);
   assertGreater(info.model.length, 0);
+  const limits = [info.maxThreadsPerBlock, info.sharedBytesPerBlock, info.warpSize, info.l2Bytes];
+  assertEquals(limits, [0, 0, 0, 0]);
   using there = device.alloc(1000);
   using host = device.pinned(4096);
   const { allocatedBytes, pinnedBytes } = device.memory();
@@ -46,6 +48,34 @@ test("copies, fills and writes happen in order, 1-D and 2-D", { timeout }, () =>
     [16, 17, 18, 19, 255],
     [255, 255, 255, 255, 255],
   ]);
+});
+
+test("a 2-D fill leaves what lies between its rows, on either side", { timeout }, () => {
+  using device = open();
+  using stream = device.stream();
+  using there = device.alloc(32);
+  using host = device.pinned(64);
+  stream.memset(there, 9);
+  stream.memset2d(there.address + 1, 8, 0x105, 3, 4);
+  stream.memset2d(host.address + 32, 16, 7, 2, 2);
+  stream.copy(host, there, 32);
+  stream.memset2d(host.address + 63, 0, 3, 1, 1); // one row has no pitch
+  for (const [width, height] of [
+    [0, 5],
+    [5, 0],
+  ] as const)
+    stream.memset2d(there, 8, 1, width, height);
+  stream.synchronize();
+  const bytes = host.view(Uint8Array);
+  assertEquals(
+    [0, 1, 2, 3].map((row) => [...bytes.subarray(8 * row, 8 * row + 8)]),
+    [0, 1, 2, 3].map(() => [9, 5, 5, 5, 9, 9, 9, 9]),
+  );
+  assertEquals([...bytes.subarray(32, 52)], [7, 7, ...new Array(14).fill(0), 7, 7, 0, 0]);
+  assertEquals(bytes[63], 3);
+  thrown("BAD_ARGUMENT", () => stream.memset2d(there, 2, 0, 3, 4));
+  thrown("BAD_ARGUMENT", () => stream.memset2d(there, 8, 0, 8, 5));
+  thrown("BAD_ARGUMENT", () => stream.memset2d(there.address, 2 ** 52, 0, 8, 2 ** 20));
 });
 
 test("an empty array is no work, and the smallest and largest writes arrive", { timeout }, () => {
@@ -142,6 +172,49 @@ test("structs are packed as C reads them", { timeout }, () => {
   assertEquals([error.call, error.detail.status], ["fkv_device_get_info", "ABI_MISMATCH"]);
 });
 
+const ptx = new TextEncoder().encode(".version 8.0\n.target sm_80\n.address_size 64\n");
+
+test("the twin refuses modules, and says why and what to do", { timeout }, () => {
+  for (const debug of [false, true]) {
+    using device = open({ debug });
+    for (const [call, use] of [
+      ["fkv_module_load", () => cuda.Module.load(device, ptx)],
+      ["fkv_program_compile_sync", () => cuda.Module.compile(device, "__global__ void nothing() {}")],
+    ] as const) {
+      const error = thrown("BAD_ARGUMENT", use);
+      assertEquals([error.call, error.detail.status], [call, "UNSUPPORTED"]);
+      assertMatch(error.message, /CPU twin .* cannot run GPU code; open a CUDA device/);
+    }
+    // Before it is asked anything.
+    thrown("BAD_ARGUMENT", () => cuda.Module.load(device, "no-such-file.ptx"));
+    thrown("BAD_ARGUMENT", () => cuda.Module.load(device, new Uint8Array(0)));
+    const text = thrown("BAD_ARGUMENT", () => cuda.Module.compile(device, "a\0b")).message;
+    assertMatch(text, /source must be text without zero bytes/);
+  }
+});
+
+test("a kernel's arguments have the types of its list", () => {
+  const uncalled = (kernel: cuda.Kernel<["ptr", "i32", "f32", "u64"]>, options: cuda.LaunchOptions): void => {
+    kernel.launch(options, 4096, 1, 0.5, 2n ** 63n);
+    kernel.launch(options, null, 1, 0.5, 1);
+    // @ts-expect-error: an argument too few
+    kernel.launch(options, 4096, 1, 0.5);
+    // @ts-expect-error: an argument too many
+    kernel.launch(options, 4096, 1, 0.5, 1, 2);
+    // @ts-expect-error: an int32 is no bigint
+    kernel.launch(options, 4096, 1n, 0.5, 1);
+    // @ts-expect-error: a float is no buffer
+    kernel.launch(options, 4096, 1, null, 1);
+    // @ts-expect-error: text is nothing
+    kernel.launch(options, "4096", 1, 0.5, 1);
+  };
+  const unknown = (module: cuda.Module): void => {
+    // @ts-expect-error: no such type
+    module.kernel("add", ["ptr", "float"]);
+  };
+  assertEquals([typeof uncalled, typeof unknown], ["function", "function"]);
+});
+
 test("errors name the call and the way out", { timeout }, () => {
   using device = open();
   using stream = device.stream();
@@ -181,6 +254,9 @@ test("what was disposed, or whose device was, is a typed error at every use", { 
     () => event.query(),
     () => event.wait(0),
     () => graph.handle,
+    () => stream.memset2d(there, 4, 0, 4, 4),
+    () => cuda.Module.load(device, ptx),
+    () => cuda.Module.compile(device, "__global__ void nothing() {}"),
     () => there.address,
     () => host.address,
     () => host.window(0, 8),

@@ -1,8 +1,8 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// Runs the dense calls on the twin over plain arrays. Device memory starts as NaN, so what was not written shows.
+// Runs the dense calls over plain arrays. Device memory starts as NaN, so what was not written shows.
 
 import {
-  Device,
+  type Device,
   type DeviceBuffer,
   FKV_ADD,
   FKV_BF16,
@@ -16,6 +16,7 @@ import {
 } from "../../lib/device.ts";
 import { fromFloat32, toFloat32 } from "../../lib/float.ts";
 import type { Epilogue } from "../reference/dense.ts";
+import { openTarget } from "../target.ts";
 
 export type Dtype = "f32" | "bf16" | "f16";
 export const dtypeCodes: Readonly<Record<Dtype, number>> = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
@@ -56,7 +57,7 @@ export class DenseRig implements Disposable {
   readonly #kept: DeviceBuffer[] = [];
 
   constructor(options: { threads?: number; scheduleSeed?: number } = {}) {
-    this.device = Device.open({ device: "cpu", debug: true, ...options });
+    this.device = openTarget({ debug: true, ...options });
     this.stream = this.device.stream();
   }
 

@@ -1,7 +1,8 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// A twin of one stream, whose memory tests fill and read.
+// A device of one stream, whose memory tests fill and read.
 
-import { Device, type DeviceBuffer, type Stream } from "../../lib/device.ts";
+import type { Device, DeviceBuffer, Stream } from "../../lib/device.ts";
+import { openTarget } from "../target.ts";
 
 export interface MemoryOptions {
   threads?: number | undefined;
@@ -14,7 +15,7 @@ export class Memory implements Disposable {
   readonly stream: Stream;
 
   constructor({ threads, linkBytesPerSecond }: MemoryOptions) {
-    this.device = Device.open({ device: "cpu", threads, linkBytesPerSecond });
+    this.device = openTarget({ threads, linkBytesPerSecond });
     this.stream = this.device.stream();
   }
 

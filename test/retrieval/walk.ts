@@ -235,7 +235,7 @@ export class Walk implements Disposable {
         const prefetch = stage === "next" ? row.prefetch : 0;
         const pages = ranks.map((rank) => plan.sinkPages + rank);
         const expected = model.retrieve(plan, length, pages, prefetch, joining);
-        this.#count(lane, stage, expected);
+        this.#count(lane, stage, stage === "next" && flagged, expected);
         const part = (table: Int32Array, width: number, n = width): number[] => [
           ...table.subarray(index * width, index * width + n),
         ];
@@ -265,10 +265,11 @@ export class Walk implements Disposable {
     for (const flag of flags) counts.flagged += flag;
   }
 
-  #count(lane: number, stage: Stage, { counts }: Retrieved): void {
+  /** `again`: this head selected with the same q before, so its pages count only once. */
+  #count(lane: number, stage: Stage, again: boolean, { counts }: Retrieved): void {
     const row = this.#counts[lane] as RowCounters;
-    row.selected += counts.selected;
-    row.hits += counts.hits;
+    if (!again) row.selected += counts.selected;
+    if (!again) row.hits += counts.hits;
     row[stage === "now" ? "missesNow" : "missesNext"] += counts.misses;
     row.moved += counts.moved;
     row.prefetched += counts.prefetched;
