@@ -1,7 +1,8 @@
-// npm run bench [-- NAME…] [--json] [--out FILE] [--model DIR] [--cold]
+// npm run bench [-- NAME…] [--json] [--keep] [--out FILE] [--model DIR] [--cold]
 //   NAME         floors, ffi, twin, overlap, start; without a name, all of them
 //   --json       JSON lines in place of Markdown tables
-//   --out FILE   one CSV file of all rows, in place of bench/results/NAME-cpu.csv
+//   --keep       CSV files in bench/results/, which are committed, in place of .cache/bench/NAME-cpu.csv
+//   --out FILE   one CSV file of all rows, in place of these
 //   --model DIR  a Hugging Face folder in place of the demo model (overlap)
 //   --cold       start: also in a fresh clone of HEAD under a new HOME
 
@@ -30,6 +31,7 @@ function parse() {
       allowPositionals: true,
       options: {
         json: { type: "boolean" },
+        keep: { type: "boolean" },
         out: { type: "string" },
         model: { type: "string" },
         cold: { type: "boolean" },
@@ -84,7 +86,8 @@ async function runOne(name: string, bench: Bench): Promise<void> {
     console.log(`${from.machine} · commit ${from.commit} · ${from.date} · ${seconds} s\n`);
   }
   // The device that these benches run on is the CPU twin; its files are named so.
-  if (values.out === undefined) save(join(root, "bench", "results", `${name}-cpu.csv`), rows);
+  const place = values.keep ? join("bench", "results") : join(".cache", "bench");
+  if (values.out === undefined) save(join(root, place, `${name}-cpu.csv`), rows);
   else collected.push(...rows);
 }
 

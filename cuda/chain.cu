@@ -134,8 +134,13 @@ class Feed {
   int32_t phase_ = 0, unit_ = 0, units_ = 0, step_ = 0, steps_ = 0, k_ = 0, slot_ = 0;
 };
 
+template <class T>
+struct alignas(8) Quad {
+  T v[4];
+};
+
 // Steps first .. end − 1 of the rows of x into shared memory, normalised where the phase has a norm; zeros past k and
-// n_rows. x is read past L1: other multiprocessors wrote it during this launch.
+// n_rows.
 template <class T, int R>
 __device__ __forceinline__ void load_x(float4* out, const Phase& phase, int32_t n_rows, const float (&factors)[R],
                                        int32_t first, int32_t end) {
@@ -143,23 +148,41 @@ __device__ __forceinline__ void load_x(float4* out, const Phase& phase, int32_t 
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const float* x = phase.x + r * phase.x_stride;
-#pragma unroll 4
-    for (int32_t i = threadIdx.x; i < vectors; i += kChainThreads) {
-      const int64_t at = (int64_t{first} * kStepVectors + i) * 4;
-      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (at < phase.k && r < n_rows) {
-        v = __ldcg(reinterpret_cast<const float4*>(x + at));
-        if (phase.norm != nullptr) {
-          const T* norm = static_cast<const T*>(phase.norm) + at;
-          v.x = v.x * factors[r] * to_f32(norm[0]);
-          v.y = v.y * factors[r] * to_f32(norm[1]);
-          v.z = v.z * factors[r] * to_f32(norm[2]);
-          v.w = v.w * factors[r] * to_f32(norm[3]);
-        }
+    float4* row = out + r * Shape<R>::kTileSteps * kStepVectors;
+#pragma unroll 1
+    for (int32_t i0 = threadIdx.x; i0 < vectors; i0 += kAhead * kChainThreads) {
+      float4 v[kAhead];  // all in flight before the first is used
+      Quad<T> norm[kAhead] = {};
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int32_t i = i0 + j * kChainThreads;
+        const int64_t at = (int64_t{first} * kStepVectors + i) * 4;
+        const bool inside = i < vectors && r < n_rows && at < phase.k;
+        v[j] = load_x4(x, inside ? at : phase.k, phase.k, true);
+        if (inside && phase.norm != nullptr) norm[j] = static_cast<const Quad<T>*>(phase.norm)[at / 4];
       }
-      out[r * Shape<R>::kTileSteps * kStepVectors + place_of(i)] = v;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int32_t i = i0 + j * kChainThreads;
+        if (phase.norm != nullptr) {
+          v[j].x = v[j].x * factors[r] * to_f32(norm[j].v[0]);
+          v[j].y = v[j].y * factors[r] * to_f32(norm[j].v[1]);
+          v[j].z = v[j].z * factors[r] * to_f32(norm[j].v[2]);
+          v[j].w = v[j].w * factors[r] * to_f32(norm[j].v[3]);
+        }
+        if (i < vectors) row[place_of(i)] = v[j];
+      }
     }
   }
+}
+
+// Asks L2 for what a phase needs beside W and x, while it waits for the phase before.
+template <class T>
+__device__ __forceinline__ void prefetch_norm(const Phase& phase) {
+  constexpr int kLine = 128 / sizeof(T);
+  if (phase.norm == nullptr) return;
+  for (int64_t at = int64_t{threadIdx.x} * kLine; at < phase.k; at += kChainThreads * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(phase.norm) + at));
 }
 
 // 128 registers a thread at most: a side kernel of 128 × 256 fits beside.
@@ -179,6 +202,7 @@ __global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_con
   int slot = 0;
   for (int32_t p = 0; p < chain.n_phases; ++p) {
     const Phase& phase = chain.phases[p];
+    prefetch_norm<T>(phase);
     if (p > 0 && threadIdx.x == 0) {
       unsigned arrived;
       do {
@@ -274,6 +298,7 @@ bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv
     const fkv_phase& phase = phases[i];
     if (phase.dtype == FKV_F32 || phase.dtype != phases[0].dtype || phase.k % 8 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.weight) % 16 != 0) return false;
+    if (reinterpret_cast<uintptr_t>(phase.norm) % 8 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.x) % 16 != 0 || phase.x_stride % 4 != 0) return false;
     if (overlap(phase, n_rows)) return false;
   }

@@ -168,35 +168,42 @@ class Ending {
 
 constexpr int kRowThreads = 256;  // of every block that normalises: part of the order of its sums
 constexpr int kRowWarps = kRowThreads / kWarp;
+constexpr int kAhead = 4;  // 16-byte reads of x in flight a thread
+
+// Values at .. at + 3 of a row of x, zeros past k. `vectors`: the row is aligned to 16 bytes and k a multiple of 4.
+// x is read past L1, as y is (see Ending).
+__device__ __forceinline__ float4 load_x4(const float* x, int64_t at, int32_t k, bool vectors) {
+  if (vectors) return at < k ? __ldcg(reinterpret_cast<const float4*>(x + at)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = at + i < k ? __ldcg(x + at + i) : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
 
 // factors[r] = 1/√(mean(x²) + eps) of rows r < n_rows, in every thread. Thread t sums the squares of values 4t .. 4t+3
-// of every 1024, ascending; then the lane tree; then the warps in order. `vectors`: rows of x are aligned to 16 bytes
-// and k is a multiple of 4. x is read past L1 (see Ending). `shared`: R·8 floats, free until the next barrier after it.
+// of every 1024, ascending; then the lane tree; then the warps in order. `vectors`: of every row, see load_x4.
+// `shared`: R·8 floats, free until the next barrier after it.
 template <int R>
 __device__ __forceinline__ void row_factors(float (&factors)[R], const float* x, int64_t x_stride, int32_t n_rows,
                                             int32_t k, float eps, bool vectors, float* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   float squares[R];
 #pragma unroll
-  for (int r = 0; r < R; ++r) squares[r] = 0.0f;
-  for (int64_t i = 4 * threadIdx.x; i < k; i += 4 * kRowThreads) {
+  for (int r = 0; r < R; ++r) {
+    squares[r] = 0.0f;
+    if (r >= n_rows) continue;
+    const float* from = x + r * x_stride;
+    for (int64_t first = 4 * threadIdx.x; first < k; first += kAhead * 4 * kRowThreads) {
+      float4 v[kAhead];  // all in flight before the first is used
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (r >= n_rows) continue;
-      const float* from = x + r * x_stride + i;
-      float4 v;
-      if (vectors) {
-        v = __ldcg(reinterpret_cast<const float4*>(from));
-      } else {
-        v.x = __ldcg(from);
-        v.y = i + 1 < k ? __ldcg(from + 1) : 0.0f;
-        v.z = i + 2 < k ? __ldcg(from + 2) : 0.0f;
-        v.w = i + 3 < k ? __ldcg(from + 3) : 0.0f;
+      for (int j = 0; j < kAhead; ++j) v[j] = load_x4(from, first + j * 4 * kRowThreads, k, vectors);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        squares[r] = fmaf(v[j].x, v[j].x, squares[r]);
+        squares[r] = fmaf(v[j].y, v[j].y, squares[r]);
+        squares[r] = fmaf(v[j].z, v[j].z, squares[r]);
+        squares[r] = fmaf(v[j].w, v[j].w, squares[r]);
       }
-      squares[r] = fmaf(v.x, v.x, squares[r]);
-      squares[r] = fmaf(v.y, v.y, squares[r]);
-      squares[r] = fmaf(v.z, v.z, squares[r]);
-      squares[r] = fmaf(v.w, v.w, squares[r]);
     }
   }
 #pragma unroll

@@ -146,7 +146,11 @@ function* plan(config: ModelConfig): Generator<Plan> {
 
 function storedTensor(files: Safetensors, name: string, place: string): StoredTensor {
   const stored = files.get(name);
-  if (stored === undefined) throw badFile(place, `lacks the tensor ${name} that its config.json calls for; mend config.json or fetch it again`);
+  if (stored === undefined)
+    throw badFile(
+      place,
+      `lacks the tensor ${name} that its config.json calls for; mend config.json or fetch it again`,
+    );
   return stored;
 }
 

@@ -25,7 +25,7 @@ export function wording(issue: Raw): string {
 function wanted(issue: Raw): string {
   switch (issue.code) {
     case "invalid_type":
-      return kinds[issue.expected as string] ?? `a ${issue.expected}`;
+      return kinds[issue.expected as string] ?? `of type ${issue.expected}`;
     case "invalid_value":
       return alternatives((issue.values as readonly unknown[]).map((value) => JSON.stringify(value)));
     case "too_small":

@@ -10,15 +10,25 @@
 import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
-import { BuildError, buildLibrary, findProgram, isBuilt, type Library, root, say } from "./native.ts";
+import {
+  BuildError,
+  buildLibrary,
+  findProgram,
+  isBuilt,
+  type Library,
+  machineError,
+  root,
+  say,
+} from "./native.ts";
 
-const include = `-I${join(root, "cuda")}`;
+const include = "-Icuda";
 
+/** Paths from the root. */
 function sources(dir: string, extension: string): string[] {
   const full = join(root, dir);
   const names = existsSync(full) ? readdirSync(full) : [];
   const chosen = names.filter((name) => name.endsWith(extension)).sort();
-  return chosen.map((name) => join(full, name));
+  return chosen.map((name) => join(dir, name));
 }
 
 function cxx(): string {
@@ -112,7 +122,9 @@ async function buildPtx(): Promise<void> {
   const dir = join(root, ".cache", "ptx");
   for (const source of [...sources("test/examples", ".cu"), ...sources("test/kernels", ".cu")]) {
     const words = ["-ptx", "-O3", "-std=c++20", "-arch=compute_80", source];
-    const made = createHash("sha256").update(JSON.stringify(words)).update(readFileSync(source));
+    const made = createHash("sha256")
+      .update(JSON.stringify(words))
+      .update(readFileSync(join(root, source)));
     const [file, stamp] = [".ptx", ".stamp"].map((end) => join(dir, `${basename(source, ".cu")}${end}`)) as [
       string,
       string,
@@ -121,7 +133,7 @@ async function buildPtx(): Promise<void> {
     if (existsSync(file) && existsSync(stamp) && readFileSync(stamp, "utf8") === key) continue;
     mkdirSync(dir, { recursive: true });
     const temporary = `${file}.${process.pid}.tmp`;
-    const { success, stderr } = Bun.spawnSync([compiler, ...words, "-o", temporary]);
+    const { success, stderr } = Bun.spawnSync([compiler, ...words, "-o", temporary], { cwd: root });
     if (!success) throw new BuildError(`could not compile ${basename(source)}:\n${stderr}`, 1);
     rmSync(stamp, { force: true });
     renameSync(temporary, file);
@@ -202,10 +214,10 @@ async function main(words: readonly string[]): Promise<number> {
     try {
       await build();
     } catch (error) {
-      if (!(error instanceof BuildError)) throw error;
+      const { message, exitCode } = error instanceof BuildError ? error : machineError(error);
       // The other targets are still worth having: no nvcc does not cost a twin.
-      say(error.message);
-      if (code !== 1) code = error.exitCode;
+      say(message);
+      if (code !== 1) code = exitCode;
     }
   }
   return code;

@@ -18,6 +18,7 @@ export interface Library {
   name: string;
   /** For the lines that a person reads: "CPU twin". */
   title: string;
+  /** Paths from the root, which the compiler runs in: where the clone lies is no part of what is built. */
   sources: string[];
   compileFlags: string[];
   linkFlags: string[];
@@ -32,6 +33,12 @@ export class BuildError extends Error {
     super(message);
     this.exitCode = exitCode;
   }
+}
+
+/** What it is that could not be read or written here: a read-only folder, a full disk. Anything else is thrown on. */
+export function machineError(error: unknown): BuildError {
+  if (!(error instanceof Error && "syscall" in error && "code" in error)) throw error;
+  return new BuildError(`cannot build here: ${error.message}; .cache/ and dist/ must be writable`, 3);
 }
 
 export function say(text: string): void {
@@ -60,12 +67,12 @@ interface Plan {
 function planOf(library: Library): Plan {
   const texts = new Map<string, string>();
   const units = library.sources.map((source) => {
-    const key = hash([...library.compileFlags, ...closure(source, texts)]);
+    const key = hash([...library.compileFlags, ...closure(join(root, source), texts)]);
     return { source, object: join(cache, `${library.name}-${basename(source)}-${key}.o`) };
   });
   const file = join(dist, `lib${library.name}.so`);
   const stampFile = join(cache, `lib${library.name}.stamp`);
-  const key = hash([...library.linkFlags, ...units.map((unit) => unit.object)]);
+  const key = hash([...library.linkFlags, ...units.map((unit) => basename(unit.object))]);
   const built =
     existsSync(file) && existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp(key, file);
   return { units, file, stampFile, key, built };
@@ -92,7 +99,7 @@ export async function buildLibrary(library: Library): Promise<boolean> {
   const failed: string[] = [];
   await inParallel(missing, async ({ source, object }) => {
     const compile = (path: string): string[] => [compiler, ...library.compileFlags, "-c", source, "-o", path];
-    if (!(await intoPlace(object, compile))) failed.push(relative(root, source));
+    if (!(await intoPlace(object, compile))) failed.push(source);
   });
   // All files are tried first: one visit shows all there is to mend.
   if (failed.length > 0) throw new BuildError(`could not compile ${failed.join(", ")}`, 1);

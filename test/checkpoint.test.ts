@@ -152,7 +152,13 @@ test("a config that contradicts itself names the key", () => {
     [{ num_attention_heads: 6 }, "num_attention_heads"],
     [{ rope_scaling: { rope_type: "linear" } }, "factor"],
     [{ rope_scaling: { rope_type: "llama3", factor: 8 } }, "low_freq_factor"],
-    [{ rms_norm_eps: -1 }, "rms_norm_eps"],
+    [{ rms_norm_eps: -1 }, "rms_norm_eps must be above 0, not -1"],
+    [{ max_position_embeddings: 1e15 }, "max_position_embeddings must be at most 2147483647"],
+    [{ head_dim: 1e9 }, "head_dim must be at most 4096"],
+    [{ eos_token_id: "end" }, 'eos_token_id must be a number or a list, not "end"'],
+    [{ architectures: [] }, "architectures must be of length 1 or more, not an empty list"],
+    [{ vocab_size: null }, "vocab_size must be a number, not null; mend the file"],
+    [{ vocab_size: undefined }, "vocab_size is missing; it must be a number"],
   ];
   for (const [more, text] of cases) refused("BAD_CHECKPOINT", text, () => parse(more));
 });

@@ -1,20 +1,23 @@
 // The command line's refusals: one line, the right exit code, before anything is loaded.
-import { writeFileSync } from "node:fs";
+import { closeSync, existsSync, openSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assert, assertEquals, assertLess, assertMatch } from "@std/assert";
 import { failureLine, failureOf } from "../lib/cli/failure.ts";
 import { writeTinyCheckpoint } from "./checkpoints.ts";
 import {
   assertRefused,
   dir,
   type Ended,
+  ending,
   file,
   freekv,
+  model,
   needle,
   noLibrary,
   records,
   scored,
+  start,
   tokensFile,
   told,
 } from "./cli/rig.ts";
@@ -27,7 +30,8 @@ const refusals: [string, string[], RegExp][] = [
   ["a count that is none", needle("--budget", "1.5"), /--budget .*must be a whole number/],
   ["a policy that is none", needle("--policy", "best"), /Allowed choices are freekv, retrieve/],
   ["a budget below sink, window and a page", needle("--budget", "192"), /raise --budget to at least 224/],
-  ["a budget of part of a page", needle("--budget", "1000"), /not a multiple of the page size 32/],
+  ["a budget of part of a page", needle("--budget", "1000"), /page size 32; give 992 or 1024$/m],
+  ["a budget of less than a page", needle("--budget", "10"), /page size 32; give 32$/m],
   ["another page size", needle("--page-size", "48"), /--page-size: page size must be 16, 32 or 64/],
   ["too few slots", needle("--slots", "3"), /raise --slots or lower --budget/],
   ["tau beyond a cosine", needle("--tau", "1.5"), /--tau must be at most 1/],
@@ -66,6 +70,26 @@ const refusals: [string, string[], RegExp][] = [
   ],
   ["a prompt beyond the context", told("--prompt", "x".repeat(5000)), /5001 tokens leave no room/],
   ["a probability beyond 1", told("--prompt", "a", "--top-p", "1.5"), /--top-p must be at most 1/],
+  [
+    "a top-k beyond what the device counts",
+    told("--prompt", "a", "--top-k", "999999999999"),
+    /--top-k must be at most 2147483647/,
+  ],
+  [
+    "a context beyond the model's",
+    needle("--max-context", "5000"),
+    /--max-context 5000 is over the model's context of 4096/,
+  ],
+  [
+    "more tokens than --max-context",
+    [...scored("1", tokensFile), "--max-context", "640"],
+    /700 tokens do not fit/,
+  ],
+  [
+    "a model's file in place of its folder",
+    ["generate", "--model", join(model, "config.json"), "--prompt", "a"],
+    /config\.json: is a file; give the folder that it is in: .*model$/m,
+  ],
   ["nothing to generate", told("--prompt", "a", "--max-tokens", "0"), /--max-tokens must be 1 or more/],
   ["an empty stop text", told("--prompt", "a", "--stop", ""), /--stop .*must not be empty/],
   ["a prefill of everything", scored("700", tokensFile), /give 1 to 699/],
@@ -118,7 +142,7 @@ test("what the machine lacks is exit 3; with --json an error is one JSON line", 
   assertRefused(
     await freekv([...told("--prompt", "a"), ...noLibrary]),
     3,
-    /no cpu library.*missing\.so: no such file/,
+    /no library at libraryPath could be loaded.*--library-path.*missing\.so: no such file/,
   );
   const { code, out, err } = await freekv([...told("--prompt", "a", "--json"), ...noLibrary]);
   assertEquals([code, out], [3, ""]);
@@ -130,6 +154,37 @@ test("what the machine lacks is exit 3; with --json an error is one JSON line", 
   const refused = await freekv(["demo", "--nope", "--json"]);
   assertEquals([refused.code, refused.out], [2, ""]);
   assertEquals(records(refused.err)[0].error.code, "BAD_ARGUMENT");
+});
+
+test("a config of a billion layers, or of a context that no memory has, is refused at once", {
+  timeout: 30_000,
+}, async () => {
+  const generate = (name: string, config: object): Promise<Ended> => {
+    const path = writeTinyCheckpoint(join(dir, name), { tokenizer: true, config: { ...config } });
+    return freekv(["generate", "--model", path, "--prompt", "a", ...noLibrary]);
+  };
+  const began = performance.now();
+  assertRefused(await generate("deep", { num_hidden_layers: 1e9 }), 2, /lacks the tensor model\.layers\.2\./);
+  assertRefused(
+    await generate("long", { max_position_embeddings: 1e15 }),
+    2,
+    /max_position_embeddings must be at most 2147483647, not 1000000000000000; mend the file/,
+  );
+  assertRefused(await generate("wide", { head_dim: 8e8 }), 2, /head_dim must be at most 4096/);
+  assertLess(performance.now() - began, 15_000);
+});
+
+test("a full disk behind stdout is the machine's fault, in one line", {
+  timeout: 30_000,
+  skip: existsSync("/dev/full") ? false : "there is no /dev/full",
+}, async () => {
+  const full = openSync("/dev/full", "w");
+  try {
+    const ended = await ending(start(scored("690", tokensFile), full));
+    assertRefused(ended, 3, /stdout cannot be written: no space is left/);
+  } finally {
+    closeSync(full);
+  }
 });
 
 test("our own mistake is exit 1, with a stack only on request", () => {

@@ -4,6 +4,7 @@ import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { assert, assertEquals, assertGreater, assertMatch, assertNotEquals } from "@std/assert";
 import { wilson } from "../lib/cli/demo-table.ts";
+import { main } from "../lib/cli/main.ts";
 import { Output } from "../lib/cli/output.ts";
 import {
   type Ended,
@@ -58,9 +59,9 @@ test("score prints positions N to count − 2, and policies that drop pages diff
   };
   const [full, wide, narrow, waits] = [
     await score("--policy", "full"),
-    await score("--policy", "freekv", "--budget", "4096"),
+    await score("--policy", "freekv", "--budget", "4096", "--max-context", "1024"),
     await score("--policy", "freekv", "--tau", "0.5,0.9", ...small),
-    await score("--policy", "retrieve", "--recall", "staged", "--debug", ...small),
+    await score("--policy", "retrieve", "--recall", "staged", "--slots", "6", "--debug", ...small),
   ];
   assertEquals(
     full.positions.map(({ position }) => position),
@@ -77,6 +78,11 @@ test("score prints positions N to count − 2, and policies that drop pages diff
   assertEquals(full.start.device, "cpu");
   assertEquals([full.start.policy, wide.start.budget, narrow.start.tau], ["full", 4096, [0.5, 0.9]]);
   assertEquals([waits.start.recall, waits.start.orchestration, waits.start.slots], ["staged", "host", 6]);
+  assertEquals(full.start.slots, null);
+  assertGreater(full.start.hostBytes, 0);
+  const { layout, stagingBuffers, chain, prefillKv, estimate, maxContext, maxSequences } = full.start;
+  assertEquals([layout, stagingBuffers, chain, prefillKv], ["hnd", 2, "auto", "device"]);
+  assertEquals([estimate, maxContext, maxSequences, wide.start.maxContext], ["freekv", 4096, 1, 1024]);
   assertEquals(Object.keys(full.summary), statKeys);
   for (const key of ["ttftMs", "stallMs", "recalledPages", "recalledBytes", "hitRate", "correctedShare"]) {
     assertEquals(full.summary[key], null, `full has no ${key}`);
@@ -166,6 +172,14 @@ for (const [signal, exit] of [
   });
 }
 
+test("SIGTERM ends doctor, at its start and while it measures", { timeout: 30_000 }, async () => {
+  for (const soon of [(kill: () => void) => kill(), setImmediate]) {
+    const ended = main(["doctor", "--device", "cpu"]); // in this process: from here on the signal is its own
+    soon(() => process.kill(process.pid, "SIGTERM"));
+    assertEquals(await ended, 143);
+  }
+});
+
 test("doctor names every path tried, the device and its link", { timeout: 30_000 }, async () => {
   const { code, out, err } = await freekv(["doctor", "--device", "cpu", "--json"]);
   assertEquals([code, err], [0, ""]);
@@ -236,7 +250,10 @@ test("demo --json ends with a summary of every policy; what does not apply is nu
   const [{ start }, { book }, ...rest] = records(out);
   const { summary } = rest.at(-1);
   const answers = rest.slice(0, -1);
-  assertEquals([start.seed, start.budget, start.questions, start.policy], [3, 256, 2, policies]);
+  assertEquals(
+    [start.seed, start.budget, start.questions, start.policy],
+    [3, Math.floor(book.tokens / 128) * 32, 2, policies],
+  );
   assert(book.tokens <= 1024 && book.tokens > 900);
   assertEquals(
     answers.map(({ policy, question }) => `${policy} ${question}`),

@@ -9,6 +9,22 @@ import { loadTokenizer } from "../lib/tokenizer.ts";
 
 const asked = 40;
 
+test("the default budget is at most a quarter of the book as it is, not as it was asked for", {
+  timeout: 60_000,
+}, async () => {
+  const tokenizer = await loadTokenizer(demoModel);
+  for (const tokens of [1024, 2048, 8192])
+    for (const pageSize of [16, 32, 64]) {
+      const { ids } = placeBook(chooseBook({ tokens }, tokenizer, 16384), 1, 1, tokenizer, 16384);
+      const { budget = 0, sink = 0, window = 0 } = withDemoDefaults({ pageSize }, ids.length);
+      const what = `${ids.length} tokens in pages of ${pageSize}`;
+      assertLessOrEqual(budget, ids.length / 4, what);
+      assertGreaterOrEqual(budget, ids.length / 4 - pageSize, what);
+      assertGreaterOrEqual(budget, sink + window + pageSize, what);
+      assertEquals(budget % pageSize, 0, what);
+    }
+});
+
 test("freekv answers as retrieval and as full attention do, where dropping loses half or more", {
   timeout: 120_000,
 }, async () => {
@@ -18,8 +34,8 @@ test("freekv answers as retrieval and as full attention do, where dropping loses
   const { ids, questions } = placeBook(choice, 1, asked, tokenizer, contextLength);
   assertEquals(questions.length, asked);
   assertEquals(new Set(questions.map((q) => q.kind)).size, 5, "every kind of question is among them");
-  const options = withDemoDefaults({}, choice.tokens);
-  assertLessOrEqual(options.budget ?? Number.POSITIVE_INFINITY, choice.tokens / 4);
+  const options = withDemoDefaults({}, ids.length);
+  assertLessOrEqual(options.budget ?? Number.POSITIVE_INFINITY, ids.length / 4);
 
   await using engine = await Engine.load(demoModel, { device: "cpu", ...options });
   using book = await engine.prefill(ids, { policy: "streaming" });

@@ -277,6 +277,21 @@ test("a missing, misshapen or foreign tensor is named", () => {
   refused("UNSUPPORTED_MODEL", "stored as I32", () => openCheckpoint(foreign));
 });
 
+test("a folder with more layers than its config says is refused, not answered from in part", () => {
+  const dir = tiny({ layers: 3, config: { num_hidden_layers: 2 } });
+  refused("BAD_CHECKPOINT", "model.layers.2.", () => openCheckpoint(dir));
+  refused("BAD_CHECKPOINT", "num_hidden_layers 2", () => openCheckpoint(dir));
+});
+
+test("a config that calls for a billion layers fails at the first that is missing", {
+  timeout: 10_000,
+}, () => {
+  const dir = tiny({ layers: 3, config: { num_hidden_layers: 1e9 } });
+  refused("BAD_CHECKPOINT", "lacks the tensor model.layers.3.input_layernorm.weight", () =>
+    openCheckpoint(dir),
+  );
+});
+
 test("a checkpoint's file that shrinks while it is open is an error, not old bytes", () => {
   const dir = tiny();
   using checkpoint = openCheckpoint(dir);

@@ -34,15 +34,18 @@ export function chosenRows({ policy, correction }: PolicyOptions): PolicyRow[] {
 
 const sink = 64;
 const window = 128;
+const shortWindow = 64;
 /** The budget is at most this share of the book. */
 const budgetShare = 1 / 4;
 
 /** A shorter book would not hold the smallest budget four times, even with the largest pages. */
 export const leastTokens = 1024;
 
-/** The options with the demo's own defaults of budget, sink and window, for a book of `tokens` tokens. */
+/** The options with the demo's own defaults of budget, sink and window, for a book that has `tokens` tokens. */
 export function withDemoDefaults(given: EngineOptions, tokens: number): EngineOptions {
   const pageSize = given.pageSize ?? 32;
   const budget = Math.floor((tokens * budgetShare) / pageSize) * pageSize;
-  return { sink, window, budget, ...given };
+  // With large pages the quarter of a short book may hold sink and window and nothing to select.
+  const short = budget < sink + window + pageSize;
+  return { sink, window: short ? shortWindow : window, budget, ...given };
 }

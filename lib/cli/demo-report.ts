@@ -62,10 +62,13 @@ export function shortOf(question: AskedQuestion): string {
   return question.prompt.replace(/\s+/g, " ").replace(/^ Question: /, "");
 }
 
-const planOfRow = (row: PolicyRow, { policy, options, config }: Prepared): ReturnType<typeof planOf> => {
+const planOfRow = (
+  row: PolicyRow,
+  { policy, options, config, maxContext }: Prepared,
+): ReturnType<typeof planOf> => {
   const pageSize = options.pageSize ?? 32;
   const own = resolvePolicy(policy, row.policy, pageSize, config.layers);
-  return planOf(own, pageSize, Math.ceil(config.contextLength / pageSize), options.slots);
+  return planOf(own, pageSize, Math.ceil(maxContext / pageSize), options.slots);
 };
 
 export function recordOf(row: PolicyRow, i: number, question: AskedQuestion, answer: Answer): object {

@@ -13,6 +13,9 @@ import { addEngineFlags, type EngineFlags, engineOptions, parseCount } from "./f
 import { load, prepare, resolved, showProgress } from "./model.ts";
 import type { Session } from "./session.ts";
 
+/** The book, and a fork of it that is asked. */
+const sequences = 2;
+
 interface DemoFlags extends EngineFlags {
   model?: string;
   book?: string;
@@ -28,13 +31,14 @@ export function addDemo(program: Command, run: (flags: DemoFlags) => Promise<voi
       "Ask a long book questions under each policy, and show what each policy costs. The default command.",
     )
     .option("--tokens <n>", "length of the book (default: 8192, or the length of --book)", parseCount)
-    .option("--book <file>", "plant the facts in this text, instead of a made-up book")
+    .option("--book <file>", "plant the facts in this text, in English, instead of a made-up book")
     .option("--questions <n>", "asked under each policy (default: 20)", parseCount)
     .option("--model <dir>", "Hugging Face folder (default: the needle model of this package)")
     .addHelpText(
       "after",
       "\nHere --budget, --sink and --window default to a quarter of the book, 64 and 128; --policy and --correction\n" +
-        "choose rows of the table.",
+        "choose rows of the table.\n" +
+        "The needle model reads English: of a --book in another language or script it answers little, even with full.",
     );
   addEngineFlags(command, "of book and questions (default: 1)").action(run);
 }
@@ -46,15 +50,15 @@ export async function demo(flags: DemoFlags, session: Session): Promise<void> {
   const given = engineOptions(flags);
   const rows = chosenRows(given);
   const dir = flags.model ?? demoModel;
-  const { contextLength } = prepare(dir, {}).config;
+  const { policy: _policy, correction: _correction, ...own } = given;
+  const { maxContext } = prepare(dir, { maxContext: given.maxContext }, sequences);
   const tokenizer = await loadTokenizer(dir);
-  const choice = chooseBook(flags, tokenizer, contextLength);
-  const { policy: _policy, correction: _correction, ...options } = withDemoDefaults(given, choice.tokens);
-  const model = prepare(dir, options);
+  const choice = chooseBook(flags, tokenizer, maxContext);
   out.status("writing the book");
-  const book = placeBook(choice, seed, n, tokenizer, contextLength);
+  const book = placeBook(choice, seed, n, tokenizer, maxContext);
+  const model = prepare(dir, withDemoDefaults(own, book.ids.length), sequences);
 
-  await using engine = await load(model, 2, out, signal);
+  await using engine = await load(model, out, signal);
   await start(engine.device, {
     ...resolved(model),
     policy: rows.map((row) => row.key),

@@ -41,11 +41,14 @@ export function addDoctor(program: Command, run: (flags: EngineFlags) => Promise
   addDeviceFlags(command).action(run);
 }
 
-export async function doctor(flags: EngineFlags, { out, start }: Session): Promise<void> {
+export async function doctor(flags: EngineFlags, { out, signal, start }: Session): Promise<void> {
+  await signalsHeard(signal);
   const { device = "auto", libraryPath, debug } = engineOptions(flags);
-  const findings = choicesOf(device, libraryPath !== undefined).map(([kind, name]) =>
-    examine(kind, name, { libraryPath, debug }),
-  );
+  const findings: Finding[] = [];
+  for (const [kind, name] of choicesOf(device, libraryPath !== undefined)) {
+    findings.push(examine(kind, name, { libraryPath, debug }));
+    await signalsHeard(signal);
+  }
   const working = findings.find((finding) => finding.device !== null);
   const { bun, deno, node } = process.versions;
   const runtime = bun ? `Bun ${bun}` : deno ? `Deno ${deno}` : `Node ${node}`;
@@ -88,6 +91,12 @@ export async function doctor(flags: EngineFlags, { out, start }: Session): Promi
   }
   const advice = findings.map((finding) => adviceOf(finding, device)).join("; ");
   throw new FreeKVError("NO_DEVICE", `no device works here; ${advice}`);
+}
+
+/** To open and measure a device blocks: a signal that came meanwhile is known only after the event loop has turned. */
+async function signalsHeard(signal: AbortSignal): Promise<void> {
+  await new Promise((resolve) => setImmediate(resolve));
+  signal.throwIfAborted();
 }
 
 /** The libraries to look at, and what to open each with. One given by its path says itself what it is. */

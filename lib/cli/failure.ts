@@ -1,6 +1,7 @@
 // How a command ends when it does not succeed: its exit code, and one line that says why.
 import { CommanderError } from "commander";
 import { exitCode, FreeKVError } from "../errors.ts";
+import { OutputLost } from "./output.ts";
 
 /** The user's signal, as the reason of an abort. */
 export class Interrupted extends Error {
@@ -15,7 +16,7 @@ export class Interrupted extends Error {
 }
 
 export interface Failure {
-  /** One of FreeKVError's, or "INTERNAL". */
+  /** One of FreeKVError's, "OUTPUT_LOST" or "INTERNAL". */
   readonly code: string;
   /** One line. */
   readonly message: string;
@@ -29,6 +30,8 @@ export function failureOf(error: unknown): Failure {
   if (error instanceof CommanderError) {
     return { code: "BAD_ARGUMENT", message: oneLine(error.message.replace(/^error: /, "")), exit: 2, stack };
   }
+  if (error instanceof OutputLost)
+    return { code: "OUTPUT_LOST", message: oneLine(error.message), exit: 3, stack };
   const exit = exitCode(error);
   if (error instanceof FreeKVError && exit !== 1) {
     const message = named(oneLine(error.message), error.detail.option);

@@ -116,6 +116,12 @@ const engineFlags: readonly Flag[] = [
     choices: ["bf16", "f16", "f32"],
   },
   {
+    key: "maxContext",
+    flags: "--max-context <tokens>",
+    text: "longest sequence; a smaller one takes less memory (default: the model's)",
+    parse: parseCount,
+  },
+  {
     key: "hostBytes",
     flags: "--host-bytes <bytes>",
     text: "limit of pinned host memory (default: 80% of what is free)",

@@ -44,20 +44,20 @@ export async function generate(flags: GenerateFlags, { out, signal, start }: Ses
   if ((flags.prompt === undefined) === (flags.promptFile === undefined)) {
     throw badInput("give the prompt with either --prompt or --prompt-file");
   }
-  const model = prepare(flags.model, engineOptions(flags));
-  const { contextLength } = model.config;
+  const model = prepare(flags.model, engineOptions(flags), 1);
+  const { maxContext } = model;
   const tokenizer = await loadTokenizer(model.dir);
-  const prompt = await readPromptOf(flags, contextLength, signal);
+  const prompt = await readPromptOf(flags, maxContext, signal);
   if (prompt === "") throw badInput("the prompt is empty; give some text");
   const ids = tokenizer.encode(prompt);
-  if (ids.length >= contextLength) {
+  if (ids.length >= maxContext) {
     throw new FreeKVError(
       "CONTEXT_TOO_LONG",
-      `the prompt's ${ids.length} tokens leave no room in the model's context of ${contextLength}; shorten it`,
+      `the prompt's ${ids.length} tokens leave no room in the context of ${maxContext}; shorten it`,
     );
   }
 
-  await using engine = await load(model, 1, out, signal);
+  await using engine = await load(model, out, signal);
   await start(engine.device, { ...resolved(model), ...sampling });
   using sequence = await engine.prefill(ids, { signal, onProgress: showProgress(out) });
   const generation = sequence.generate({ ...sampling, signal });
@@ -89,11 +89,7 @@ function samplingOf(flags: GenerateFlags): GenerateOptions {
   return parseGenerateOptions({ maxTokens, temperature, topP, topK, seed, stop });
 }
 
-async function readPromptOf(
-  flags: GenerateFlags,
-  contextLength: number,
-  signal: AbortSignal,
-): Promise<string> {
-  if (flags.promptFile !== undefined) return readPrompt("--prompt-file", flags.promptFile, contextLength);
-  return flags.prompt === "-" ? readStdin(contextLength, signal) : (flags.prompt ?? "");
+async function readPromptOf(flags: GenerateFlags, maxContext: number, signal: AbortSignal): Promise<string> {
+  if (flags.promptFile !== undefined) return readPrompt("--prompt-file", flags.promptFile, maxContext);
+  return flags.prompt === "-" ? readStdin(maxContext, signal) : (flags.prompt ?? "");
 }

@@ -5,6 +5,7 @@ import { fileURLToPath } from "node:url";
 import { folderPath, type ModelConfig } from "../checkpoint.ts";
 import { demoModel } from "../demo.ts";
 import { Engine, resolveEngine } from "../engine.ts";
+import { FreeKVError } from "../errors.ts";
 import { dtypeBytes } from "../float.ts";
 import type { Policy } from "../options.ts";
 import { type Plan, planOf } from "../plan.ts";
@@ -18,34 +19,53 @@ export interface Prepared {
   readonly name: string;
   readonly config: ModelConfig;
   readonly parameters: number;
-  readonly options: EngineOptions;
+  /** With the values that depend on this machine now. */
+  readonly options: EngineOptions & { readonly hostBytes: number; readonly maxSequences: number };
+  /** Tokens of the longest sequence. */
+  readonly maxContext: number;
   readonly policy: Policy;
   readonly plan: Plan;
 }
 
-/** Errors: BAD_ARGUMENT, BAD_CHECKPOINT, UNSUPPORTED_MODEL. */
-export function prepare(dir: string | URL, options: EngineOptions): Prepared {
+/** For `sequences` sequences alive at once. Errors: BAD_ARGUMENT, BAD_CHECKPOINT, UNSUPPORTED_MODEL. */
+export function prepare(dir: string | URL, options: EngineOptions, sequences: number): Prepared {
   if (dir === "") throw badInput("--model is empty; give a Hugging Face folder");
   const path = resolve(folderPath(dir));
   using checkpoint = openCheckpoint(path);
   const { config } = checkpoint;
+  const { maxContext: asked = config.contextLength } = options;
+  if (asked > config.contextLength)
+    throw badInput(
+      `--max-context ${asked} is over the model's context of ${config.contextLength}; give at most that`,
+    );
   const { policy, core } = resolveEngine(config, options);
+  const { maxContext, hostBytes } = core;
   const pageSize = options.pageSize ?? 32;
   return {
     dir: path,
     name: path === resolve(fileURLToPath(demoModel)) ? "needle model" : basename(path),
     config,
     parameters: checkpoint.bytes / dtypeBytes(config.dtype),
-    options,
+    options: { ...options, hostBytes, maxSequences: sequences },
+    maxContext,
     policy,
-    plan: planOf(policy, pageSize, Math.ceil(core.maxContext / pageSize), options.slots),
+    plan: planOf(policy, pageSize, Math.ceil(maxContext / pageSize), options.slots),
   };
 }
 
 /** Loads it, with its progress shown. Errors: those of Engine.load. */
-export function load(model: Prepared, sequences: number, out: Output, signal: AbortSignal): Promise<Engine> {
-  const options = { ...model.options, maxSequences: sequences, signal, onProgress: showProgress(out) };
-  return Engine.load(model.dir, options);
+export async function load(model: Prepared, out: Output, signal: AbortSignal): Promise<Engine> {
+  try {
+    return await Engine.load(model.dir, { ...model.options, signal, onProgress: showProgress(out) });
+  } catch (error) {
+    if (!(error instanceof FreeKVError && error.code === "OUT_OF_MEMORY")) throw error;
+    const hint = `a context of ${thousands(model.maxContext)} tokens may be more than fits: --max-context lowers it`;
+    throw new FreeKVError(error.code, `${error.message}; ${hint}`, {
+      call: error.call,
+      detail: error.detail,
+      cause: error,
+    });
+  }
 }
 
 export function showProgress(out: Output): (progress: Progress) => void {
@@ -64,28 +84,44 @@ export interface Resolved extends Policy {
   readonly kvDtype: string;
   readonly pageSize: number;
   readonly digest: string;
-  /** null: the policy has none. */
+  /** null: twice what each sequence selects. */
   readonly slots: number | null;
   readonly recall: string;
   readonly orchestration: string;
-  /** null: by the memory that is free. */
-  readonly hostBytes: number | null;
+  readonly layout: string;
+  readonly stagingBuffers: number;
+  readonly chain: string;
+  readonly prefillKv: string;
+  readonly estimate: string;
   readonly maxContext: number;
+  readonly maxSequences: number;
+  readonly hostBytes: number;
+  /** null: searched for. */
+  readonly libraryPath: string | null;
+  readonly debug: boolean;
 }
 
 export function resolved(model: Prepared): Resolved {
-  const { options, policy, plan, config } = model;
-  const recall = options.recall ?? "gather";
+  const { options, policy, config, maxContext } = model;
+  const { recall = "gather", estimate = "freekv", libraryPath } = options;
   return {
     model: model.dir,
     ...policy,
     kvDtype: options.kvDtype ?? config.dtype,
     pageSize: options.pageSize ?? 32,
-    digest: options.digest ?? "quest",
-    slots: plan.slots > 0 ? plan.slots : null,
+    digest: options.digest ?? (estimate === "paper-speed" ? "arkvale" : "quest"),
+    slots: options.slots ?? null,
     recall,
     orchestration: options.orchestration ?? (recall === "gather" ? "captured" : "host"),
-    hostBytes: options.hostBytes ?? null,
-    maxContext: options.maxContext ?? config.contextLength,
+    layout: options.layout ?? "hnd",
+    stagingBuffers: options.stagingBuffers ?? 2,
+    chain: options.chain ?? "auto",
+    prefillKv: options.prefillKv ?? "device",
+    estimate,
+    maxContext,
+    maxSequences: options.maxSequences,
+    hostBytes: options.hostBytes,
+    libraryPath: libraryPath === undefined ? null : String(libraryPath),
+    debug: options.debug ?? false,
   };
 }

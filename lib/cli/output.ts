@@ -8,6 +8,16 @@ export class ReaderGone extends Error {
   }
 }
 
+/** stdout takes no more: a full disk, most often. */
+export class OutputLost extends Error {
+  constructor(cause: Error) {
+    const full = "code" in cause && cause.code === "ENOSPC";
+    const reason = full ? "no space is left where it goes; make some" : cause.message;
+    super(`stdout cannot be written: ${reason}, or send it elsewhere`, { cause });
+    this.name = "OutputLost";
+  }
+}
+
 export interface OutputOptions {
   /** stdout holds JSON lines only. */
   readonly json: boolean;
@@ -39,14 +49,14 @@ export class Output {
     process.stderr.on("error", () => {});
   }
 
-  /** Text for a person, as it is. Resolves when it is written. Errors: ReaderGone. */
+  /** Text for a person, as it is. Resolves when it is written. Errors: ReaderGone, OutputLost. */
   async text(text: string): Promise<void> {
     this.clearStatus();
     await new Promise<void>((resolve, reject) => {
       process.stdout.write(text, (error) => {
         if (!error) resolve();
         else if ("code" in error && error.code === "EPIPE") reject(new ReaderGone());
-        else reject(error);
+        else reject(new OutputLost(error));
       });
     });
   }

@@ -26,9 +26,8 @@ export function addScore(program: Command, run: (flags: ScoreFlags) => Promise<v
 
 /** Prints positions prefill … count − 2: position i's log-probability of token i + 1, and the token it would have chosen. */
 export async function score(flags: ScoreFlags, { out, signal, start }: Session): Promise<void> {
-  const model = prepare(flags.model, engineOptions(flags));
-  const { vocab, contextLength } = model.config;
-  const ids = readTokens("--tokens-file", flags.tokensFile, vocab, contextLength);
+  const model = prepare(flags.model, engineOptions(flags), 1);
+  const ids = readTokens("--tokens-file", flags.tokensFile, model.config.vocab, model.maxContext);
   const { prefill } = flags;
   if (ids.length < 2) {
     throw badInput(`--tokens-file ${flags.tokensFile} holds ${ids.length} token ids; at least 2 are needed`);
@@ -37,7 +36,7 @@ export async function score(flags: ScoreFlags, { out, signal, start }: Session):
     throw badInput(`--prefill ${prefill}: the file has ${ids.length} tokens; give 1 to ${ids.length - 1}`);
   }
 
-  await using engine = await load(model, 1, out, signal);
+  await using engine = await load(model, out, signal);
   await start(engine.device, {
     ...resolved(model),
     tokensFile: flags.tokensFile,

@@ -32,8 +32,9 @@ export interface Ended {
   err: string;
 }
 
-export function start(args: readonly string[]): ChildProcess {
-  return spawn(process.execPath, [cli, ...args], { stdio: ["pipe", "pipe", "pipe"] });
+/** `stdout`: a file that it goes to, in place of a pipe. */
+export function start(args: readonly string[], stdout: number | "pipe" = "pipe"): ChildProcess {
+  return spawn(process.execPath, [cli, ...args], { stdio: ["pipe", stdout, "pipe"] });
 }
 
 export function ending(child: ChildProcess): Promise<Ended> {
