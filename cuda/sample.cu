@@ -1,24 +1,21 @@
 // sample.cu: the next token of each row, and what a step tells the host about it. Two launches and a count: slices of
 // the vocabulary are surveyed side by side, then one block a row chooses.
 //
-// NaN logits rank and weigh as −inf. In a draw weights are whole numbers, e^((logit − top)/temperature)·2^shift, with
-// 2^shift such that their sum fits 62 bits: sums of whole numbers are exact in any order, so that the chosen token
-// depends on the logits, seed and position alone. A draw is u in [0, 1), 24 bits of splitmix64's output number
-// position + 1 from the state `seed`; the token is the first, by ascending id among those kept, at which the running
-// weight exceeds u times their total.
+// NaN logits rank and weigh as −inf. A draw is u in [0, 1), 24 bits of splitmix64's output number position + 1 from the
+// state `seed`; the token is the first, by ascending id among those kept, at which the running weight exceeds u times
+// their total. Weights are whole numbers (choice.cuh), so that the token depends on logits, seed and position alone.
 //
 // floor: 4·vocab B of logits read and as many written per row: launches decide → 5 us on an H100; a draw with top-p
 // reads them 5 times more with one multiprocessor a row, from L2 → 513 kB at 100 GB/s, 5 us each.
 #include "checks_dense.h"
-#include "common.cuh"
+#include "choice.cuh"
 
 namespace fkv {
 namespace {
 
 constexpr const char* kCall = "fkv_sample";
+constexpr int kThreads = kChoiceThreads, kWarps = kChoiceWarps;
 constexpr int kSlice = 4096, kSurveyThreads = 256, kSliceValues = kSlice / kSurveyThreads;
-constexpr int kThreads = 1024, kWarps = kThreads / kWarp;
-constexpr int kDigits = 2048;  // of 11 bits
 
 // What a slice's survey leaves in scratch.
 struct Survey {
@@ -36,14 +33,6 @@ struct Job {
   int32_t* sampled;
   int32_t max_rows, n_slices;
 };
-
-__device__ __forceinline__ float without_nan(float v) { return v != v ? -INFINITY : v; }
-
-// A logit equal to the largest weighs 1 whatever it is, so that infinities make no NaN.
-__device__ __forceinline__ float weight_of(float v, float top, float temperature) {
-  v = without_nan(v);
-  return v == top ? 1.0f : expf((v - top) / temperature);
-}
 
 __device__ __forceinline__ const float* logits_of(const Job& job, int32_t index, const fkv_row& row) {
   if (job.params.logits == nullptr) return job.lanes[row.sequence].logits;
@@ -140,241 +129,6 @@ __global__ void __launch_bounds__(kSurveyThreads) survey(const __grid_constant__
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-struct Shared {
-  unsigned long long bins[kDigits];
-  unsigned long long totals[kWarps];
-  double sums[kWarps];
-  float values[kWarps];
-  int32_t ids[kWarps];
-  unsigned long long above;  // of the bin found
-  int32_t bin, found, n_listed;
-  int32_t listed[FKV_MAX_TOP];
-  fkv_result result;
-};
-
-// The tokens kept: those whose key is larger, and those of this key with ids before `end`.
-struct Cut {
-  uint32_t key;
-  int32_t end;
-};
-
-// Rising keys for rising logits; 0 and −0 are equal.
-__device__ __forceinline__ uint32_t key_of(float v) {
-  v = without_nan(v);
-  const uint32_t bits = v == 0.0f ? 0u : __float_as_uint(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// One row's logits as the block chooses from them. All methods are called by all threads.
-class Choice {
- public:
-  __device__ __forceinline__ Choice(const float* logits, int32_t vocab, float top, Shared& shared)
-      : logits_(logits), vocab_(vocab), top_(top), shared_(shared) {}
-
-  // How weights are measured; by default each token counts 1.
-  __device__ __forceinline__ void weigh(float temperature) {
-    temperature_ = temperature;
-    scale_ = static_cast<double>(1ull << (30 + __clz(vocab_)));  // vocab < 2^(32 − clz): all sums < 2^62
-  }
-
-  __device__ __forceinline__ bool keeps(const Cut& cut, int32_t id, uint32_t key) const {
-    return key > cut.key || (key == cut.key && id < cut.end);
-  }
-
-  // Total measure of the tokens kept. Leaves each warp's share in shared_.totals (see locate).
-  __device__ __forceinline__ unsigned long long total(const Cut& cut, bool weighted) {
-    return total_where(Kept{*this, cut, weighted});
-  }
-  // First id at which the running measure exceeds `target` < total(cut, weighted), which was called last.
-  __device__ __forceinline__ int32_t locate(const Cut& cut, bool weighted, unsigned long long target) {
-    return locate_where(Kept{*this, cut, weighted}, target);
-  }
-
-  // Of the tokens kept, by falling logit and rising id, the first whose running measure reaches `need`, and those
-  // before it. 1 <= need <= total(cut, weighted).
-  __device__ Cut narrow(const Cut& cut, bool weighted, unsigned long long need) {
-    uint32_t prefix = 0, decided = 0;
-    unsigned long long equal = 0;
-#pragma unroll 1
-    for (int pass = 0; pass < 3; ++pass) {
-      const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
-      const uint32_t digit = pass < 2 ? 0x7ffu : 0x3ffu;
-      for (int i = threadIdx.x; i < kDigits; i += kThreads) shared_.bins[i] = 0;
-      __syncthreads();
-      scan([&](int32_t id, float v) {
-        const uint32_t key = key_of(v);
-        const bool in = id < vocab_ && keeps(cut, id, key) && (key & decided) == prefix;
-        add_to_bin(in ? static_cast<int32_t>(key >> shift & digit) : -1, in ? measure(v, weighted) : 0);
-      });
-      __syncthreads();
-      find_bin(need);
-      need -= shared_.above;
-      equal = shared_.bins[shared_.bin];
-      prefix |= static_cast<uint32_t>(shared_.bin) << shift;
-      decided |= digit << shift;
-      __syncthreads();
-    }
-    // Tokens of one key weigh the same: `equal` is a whole number of them.
-    const Same same{*this, cut, prefix};
-    const unsigned long long n = total_where(same), each = equal / n, wanted = (need + each - 1) / each;
-    Cut narrower{prefix, prefix == cut.key ? cut.end : vocab_};
-    if (wanted < n) narrower.end = locate_where(same, wanted - 1) + 1;
-    return narrower;
-  }
-
-  // The ids kept, in any order, at most FKV_MAX_TOP, in shared_.listed.
-  __device__ __forceinline__ void list(const Cut& cut) {
-    if (threadIdx.x == 0) shared_.n_listed = 0;
-    __syncthreads();
-    scan([&](int32_t id, float v) {
-      if (id < vocab_ && keeps(cut, id, key_of(v))) {
-        const int at = atomicAdd(&shared_.n_listed, 1);
-        if (at < FKV_MAX_TOP) shared_.listed[at] = id;
-      }
-    });
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ float logit(int32_t id) const { return without_nan(logits_[id]); }
-
- private:
-  struct Kept {
-    const Choice& choice;
-    Cut cut;
-    bool weighted;
-    __device__ __forceinline__ unsigned long long operator()(int32_t id, float v) const {
-      return choice.keeps(cut, id, key_of(v)) ? choice.measure(v, weighted) : 0;
-    }
-  };
-  struct Same {
-    const Choice& choice;
-    Cut cut;
-    uint32_t key;
-    __device__ __forceinline__ unsigned long long operator()(int32_t id, float v) const {
-      return key_of(v) == key && choice.keeps(cut, id, key) ? 1 : 0;
-    }
-  };
-
-  __device__ __forceinline__ unsigned long long measure(float v, bool weighted) const {
-    if (!weighted) return 1;
-    const float weight = weight_of(v, top_, temperature_);
-    return weight > 0.0f ? __double2ull_rn(static_cast<double>(weight) * scale_) : 0;  // NaN: an infinite temperature
-  }
-
-  // Calls body(id, logit) for every id, and for ids past the end so that whole warps take part.
-  template <class Body>
-  __device__ __forceinline__ void scan(const Body& body) const {
-    constexpr int kAhead = 8;
-#pragma unroll 1
-    for (int64_t first = threadIdx.x; first - threadIdx.x < vocab_; first += kAhead * kThreads) {
-      float values[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int64_t id = first + i * kThreads;
-        values[i] = id < vocab_ ? logits_[id] : 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int64_t id = first + i * kThreads;
-        body(static_cast<int32_t>(id < vocab_ ? id : vocab_), values[i]);
-      }
-    }
-  }
-
-  // Adds where bin >= 0. A warp whose lanes share a bin, as those of equal logits do, adds once.
-  __device__ __forceinline__ void add_to_bin(int32_t bin, unsigned long long amount) {
-    const int32_t first = __shfl_sync(kAllLanes, bin, 0);
-    if (__all_sync(kAllLanes, bin == first)) {
-      if (first < 0) return;
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) amount += __shfl_xor_sync(kAllLanes, amount, step);
-      if (threadIdx.x % kWarp == 0) atomicAdd(&shared_.bins[first], amount);
-    } else if (bin >= 0) {
-      atomicAdd(&shared_.bins[bin], amount);
-    }
-  }
-
-  // The highest bin at which the sum from the top reaches `need`, into shared_.bin; what lies above it into above.
-  __device__ __forceinline__ void find_bin(unsigned long long need) {
-    static_assert(kDigits == 2 * kThreads);
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int high = kDigits - 1 - 2 * static_cast<int>(threadIdx.x);  // this thread's bins: high, then high − 1
-    const unsigned long long mine = shared_.bins[high] + shared_.bins[high - 1];
-    unsigned long long through = mine;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const unsigned long long before = __shfl_up_sync(kAllLanes, through, step);
-      if (lane >= step) through += before;
-    }
-    if (lane == kWarp - 1) shared_.totals[warp] = through;
-    __syncthreads();
-    for (int i = 0; i < warp; ++i) through += shared_.totals[i];
-    const unsigned long long before = through - mine;
-    if (before < need && need <= through) {
-      const bool first = before + shared_.bins[high] >= need;
-      shared_.bin = first ? high : high - 1;
-      shared_.above = first ? before : before + shared_.bins[high];
-    }
-    __syncthreads();
-  }
-
-  // Ids of a warp: one range, in steps of whole warps.
-  __device__ __forceinline__ int64_t range() const {
-    return (static_cast<int64_t>(vocab_) + kThreads - 1) / kThreads * kWarp;
-  }
-  template <class Measure>
-  __device__ __forceinline__ unsigned long long total_where(const Measure& of) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int64_t begin = warp * range();
-    const int64_t end = begin + range() < vocab_ ? begin + range() : vocab_;
-    unsigned long long sum = 0;
-#pragma unroll 8
-    for (int64_t id = begin + lane; id < end; id += kWarp) sum += of(static_cast<int32_t>(id), logits_[id]);
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    __syncthreads();  // totals of the call before have been read
-    if (lane == 0) shared_.totals[warp] = sum;
-    __syncthreads();
-    unsigned long long all = 0;
-    for (int i = 0; i < kWarps; ++i) all += shared_.totals[i];
-    return all;
-  }
-  template <class Measure>
-  __device__ __forceinline__ int32_t locate_where(const Measure& of, unsigned long long target) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    unsigned long long running = 0;
-    for (int i = 0; i < warp; ++i) running += shared_.totals[i];
-    if (running <= target && target < running + shared_.totals[warp]) {  // true of one warp
-      const int64_t begin = warp * range();
-      for (int64_t id = begin + lane;; id += kWarp) {
-        unsigned long long through = id < vocab_ ? of(static_cast<int32_t>(id), logits_[id]) : 0;
-#pragma unroll
-        for (int step = 1; step < kWarp; step *= 2) {
-          const unsigned long long before = __shfl_up_sync(kAllLanes, through, step);
-          if (lane >= step) through += before;
-        }
-        through += running;
-        const unsigned beyond = __ballot_sync(kAllLanes, through > target);
-        if (beyond != 0) {
-          if (lane == __ffs(static_cast<int>(beyond)) - 1) shared_.found = static_cast<int32_t>(id);
-          break;
-        }
-        if (id - lane + kWarp >= begin + range()) break;
-        running = __shfl_sync(kAllLanes, through, kWarp - 1);
-      }
-    }
-    __syncthreads();
-    return shared_.found;
-  }
-
-  const float* logits_;
-  int32_t vocab_;
-  float top_;
-  Shared& shared_;
-  float temperature_ = 1.0f;
-  double scale_ = 1.0;
-};
-
 // 24 bits: u·2^24.
 __device__ __forceinline__ unsigned long long uniform(uint64_t seed, int64_t position) {
   uint64_t z = seed + (static_cast<uint64_t>(position) + 1) * 0x9e3779b97f4a7c15ull;
@@ -401,7 +155,7 @@ __device__ __forceinline__ int32_t draw(Choice& choice, const fkv_row& row, int3
 
 // One block a row.
 __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Job job) {
-  __shared__ Shared shared;
+  __shared__ ChoiceMemory shared;
   const int32_t index = static_cast<int32_t>(blockIdx.x), vocab = job.params.vocab;
   const fkv_row row = job.rows[index];
   if (row.sequence < 0) return;
@@ -453,7 +207,8 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Job j
     fkv_result& result = shared.result;
     result.token = token;
     result.argmax = argmax;
-    result.logprob = top == -INFINITY ? NAN : log_probability(row.target >= 0 ? row.target : token);  // NaN: no distribution
+    // NaN: no distribution.
+    result.logprob = top == -INFINITY ? NAN : log_probability(row.target >= 0 ? row.target : token);
     result.n_top = n_top;
     result.stall_ns = job.params.stall != nullptr ? *job.params.stall : 0;
     result.counters = job.counters[index];
@@ -463,7 +218,8 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Job j
   const int64_t entry = *job.params.step % static_cast<uint32_t>(job.params.ring_entries);
   uint32_t* out = reinterpret_cast<uint32_t*>(job.params.results + entry * job.max_rows + index);
   static_assert(sizeof(fkv_result) % 4 == 0 && sizeof(fkv_result) / 4 <= kThreads);
-  if (threadIdx.x < sizeof(fkv_result) / 4) out[threadIdx.x] = reinterpret_cast<const uint32_t*>(&shared.result)[threadIdx.x];
+  if (threadIdx.x < sizeof(fkv_result) / 4)
+    out[threadIdx.x] = reinterpret_cast<const uint32_t*>(&shared.result)[threadIdx.x];
 }
 
 __global__ void count_step(uint32_t* step) { ++*step; }

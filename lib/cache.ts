@@ -73,6 +73,17 @@ export class Cache implements Disposable {
     const alloc = (bytes: number): DeviceBuffer => own(device.alloc(bytes));
     const { maxRows } = o;
     const g = geometry;
+    // The largest first: what does not fit is refused before anything is touched.
+    const workspace = (): Workspace => {
+      const width = g.maxPages;
+      const misses = alloc(size.fkv_miss * maxRows * g.kvHeads * width);
+      const nMisses = alloc(4 * maxRows * g.kvHeads);
+      const scores = alloc(4 * maxRows * g.kvHeads * g.maxPages);
+      const fields = { scores: scores.address, n_misses: nMisses.address, misses: misses.address };
+      return { packed: pack.fkv_workspace(fields), fields, nMisses, misses, width };
+    };
+    this.now = workspace();
+    this.next = workspace();
     this.lanes = alloc(o.maxLanes * size.fkv_lane);
     this.blockTable = alloc(4 * o.maxLanes * g.maxPages);
     this.tokens = alloc(4 * maxRows);
@@ -88,16 +99,6 @@ export class Cache implements Disposable {
     this.sampleScratch = alloc(8 * o.vocab * maxRows);
     this.control = own(device.pinned(ringEntries * maxRows * size.fkv_row));
     this.results = own(device.pinned(ringEntries * maxRows * size.fkv_result));
-    const workspace = (): Workspace => {
-      const width = g.maxPages;
-      const scores = alloc(4 * maxRows * g.kvHeads * g.maxPages);
-      const nMisses = alloc(4 * maxRows * g.kvHeads);
-      const misses = alloc(size.fkv_miss * maxRows * g.kvHeads * width);
-      const fields = { scores: scores.address, n_misses: nMisses.address, misses: misses.address };
-      return { packed: pack.fkv_workspace(fields), fields, nMisses, misses, width };
-    };
-    this.now = workspace();
-    this.next = workspace();
     const strides = { base: 0, chunks: 0, shift: 0 };
     this.packed = pack.fkv_cache({
       dtype: dtypeCode[g.dtype],

@@ -288,7 +288,7 @@ test("a load that the device has no memory for leaves no device behind", {
   timeout,
   skip: twinOnly || process.platform !== "linux",
 }, async () => {
-  const wide = checkpoint({ contextLength: 2 ** 34 });
+  const wide = checkpoint({ contextLength: 2 ** 31 - 1 });
   // Of a device, its threads are what can be counted from outside.
   const threads = (): number => readdirSync("/proc/self/task").length;
   await (await load(dir))[Symbol.asyncDispose]();

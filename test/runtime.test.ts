@@ -333,6 +333,6 @@ test("fifty devices leave no thread and no memory behind", { timeout }, () => {
   for (let i = 0; i < 5; i++) once(i);
   const before = [threads(), mapped()] as const;
   for (let i = 0; i < 50; i++) once(i);
-  assertLess(threads(), before[0] + 3); // the runtime's own threads come and go
+  assertLess(threads(), before[0] + (onTwin ? 3 : 25)); // the runtime's own threads, and a driver's, come and go; 50 would be one a device
   assertLess(mapped() - before[1], 50 * 1024, "KiB; one pinned buffer a device would be 50 MiB");
 });
