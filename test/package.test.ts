@@ -3,7 +3,17 @@
 // runtimes, with no compiler and nothing of our devDependencies.
 
 import { spawnSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
@@ -165,4 +175,37 @@ test("installed in an empty project it gives the same on Bun, Deno and Node", { 
   assertEquals(told[2], told[0]);
   const { version } = JSON.parse(readFileSync(join(root, "package.json"), "utf8"));
   assertEquals(run("npm", ["exec", "--offline", "--", "freekv", "--version"], project).trim(), version);
+});
+
+test("the README's examples compile against the installed package's types", { timeout, skip }, () => {
+  const project = join(dir, "typed");
+  mkdirSync(project);
+  run("tar", ["-xzf", tarball, "-C", project], root);
+  const folder = join(project, "node_modules");
+  mkdirSync(folder);
+  renameSync(join(project, "package"), join(folder, "freekv"));
+  for (const name of ["bun-types", "mitata", "@types", "undici-types"])
+    if (existsSync(join(root, "node_modules", name)))
+      symlinkSync(join(root, "node_modules", name), join(folder, name));
+  const options = {
+    module: "nodenext",
+    target: "esnext",
+    lib: ["esnext", "dom", "esnext.disposable"],
+    strict: true,
+    noEmit: true,
+    skipLibCheck: true,
+    types: ["bun-types"],
+  };
+  writeFileSync(join(project, "package.json"), '{ "private": true, "type": "module" }\n');
+  writeFileSync(
+    join(project, "tsconfig.json"),
+    JSON.stringify({ compilerOptions: options, include: ["*.ts"] }),
+  );
+  for (const name of ["ask.ts", "bench.ts", "server.ts"])
+    writeFileSync(join(project, name), readFileSync(join(root, "test", "examples", name)));
+  const tsc = join(root, "node_modules", "typescript", "bin", "tsc");
+  run("node", [tsc, "-p", project], project);
+  writeFileSync(join(project, "wrong.ts"), 'import { Engine } from "freekv";\nEngine.load(5);\n');
+  const wrong = spawnSync("node", [tsc, "-p", project], { cwd: project, encoding: "utf8" });
+  assertMatch(wrong.stdout, /^wrong\.ts\(2,13\): error TS2345/, "a wrong call does not compile");
 });
