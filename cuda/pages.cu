@@ -3,15 +3,14 @@
 // floors: a copy reads and writes 2·tokens·Hkv·d values a page and layer: within the device at half of HBM's rate, to or from the host at
 // the link's; a digest reads Hkv·P·d values at HBM read speed. Finishing: a frame over the link (128 KiB → 2.4 us on an H100).
 // Source of the digests: Quest (channel-wise minimum and maximum of K); ArkVale (centre ± mean absolute deviation).
+#include "checks_pages.h"
 #include "pages.cuh"
 #include "stages.cuh"
 
 namespace fkv {
 namespace {
 
-enum { kQuest = 0, kArkVale = 1 };
 constexpr int kThreads = 256;
-constexpr int32_t kMaxPairs = 256;
 // Blocks that copy: enough to fill the link, and no more of the device than that; or enough to fill HBM.
 constexpr int64_t kLinkBlocks = 32, kDeviceBlocks = 1024;
 
@@ -105,36 +104,6 @@ __global__ void __launch_bounds__(kThreads)
   digest_page<T>(cache, kind, page, row.block, layer, head);
   copy_head_page(page_in(cache.host, row.block, layer, head), page, cache.page_size,
                  cache.head_dim * static_cast<int32_t>(sizeof(T)));
-}
-
-// ---- arguments ----
-
-int32_t check_pages(const char* call, const fkv_cache* cache, const fkv_pages_params* params) {
-  if (const int32_t status = check_cache(call, cache)) return status;
-  FKV_REQUIRE(params != nullptr, FKV_BAD_ARGUMENT, "%s: params is null", call);
-  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_pages_params), FKV_ABI_MISMATCH,
-              "%s: params.struct_bytes is %u, this library's fkv_pages_params has %zu", call, params->struct_bytes,
-              sizeof(fkv_pages_params));
-  FKV_REQUIRE(params->n >= 0 && params->n <= kMaxPairs, FKV_BAD_ARGUMENT, "%s: %d pages; a call takes 0 to %d", call, params->n,
-              kMaxPairs);
-  FKV_REQUIRE(params->n == 0 || (params->from != nullptr && params->to != nullptr), FKV_BAD_ARGUMENT, "%s: params.%s is null", call,
-              params->from == nullptr ? "from" : "to");
-  FKV_REQUIRE(params->n_layers >= 0 && params->src_layer0 >= 0 && params->dst_layer0 >= 0 &&
-                  params->n_layers <= cache->n_layers - params->src_layer0 &&
-                  params->n_layers <= cache->n_layers - params->dst_layer0,
-              FKV_BAD_ARGUMENT, "%s: %d layers from %d to %d; the cache has %d", call, params->n_layers, params->src_layer0,
-              params->dst_layer0, cache->n_layers);
-  for (int32_t i = 0; i < params->n; ++i) {
-    FKV_REQUIRE(params->from[i] >= 0 && params->to[i] >= 0, FKV_BAD_ARGUMENT, "%s: pair %d is page %d to page %d", call, i,
-                params->from[i], params->to[i]);
-  }
-  return check_frames(call, "params.src", params->src);
-}
-
-int32_t check_digests(const char* call, const fkv_cache* cache, int32_t kind) {
-  FKV_REQUIRE(kind == kQuest || kind == kArkVale, FKV_BAD_ARGUMENT,
-              "%s: digest_kind %d is neither 0 (min, max) nor 1 (mean, deviation)", call, kind);
-  return check_frames(call, "cache.digests", cache->digests);
 }
 
 Pairs pairs_of(const fkv_pages_params& params) {

@@ -5,15 +5,13 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../checks_pages.h"
 #include "../frames.h"
 #include "math.h"
 #include "stages.h"
 
 namespace fkv {
 namespace {
-
-enum { kQuest = 0, kArkVale = 1 };
-constexpr int32_t kMaxPairs = 256;
 
 // Rows 0..n−1 of one head's K or V between two row strides.
 void copy_rows(char* to, int64_t to_stride, const char* from, int64_t from_stride, int32_t n, int64_t row_bytes) {
@@ -131,34 +129,6 @@ void digest_pages(Context& context, const Pages& pages, int32_t kind) {
     digest_page(pages.cache, kind, frame_address(src, pair.from, pages.params.src_layer0 + layer, head, 0, 0), src.row,
                 pair.to, pages.params.dst_layer0 + layer, head);
   });
-}
-
-int32_t check_pages(const char* call, const fkv_cache* cache, const fkv_pages_params* params) {
-  if (const int32_t status = check_cache(call, cache)) return status;
-  FKV_REQUIRE(params != nullptr, FKV_BAD_ARGUMENT, "%s: params is null", call);
-  FKV_REQUIRE(params->struct_bytes == sizeof(fkv_pages_params), FKV_ABI_MISMATCH,
-              "%s: params.struct_bytes is %u, this library's fkv_pages_params has %zu", call, params->struct_bytes,
-              sizeof(fkv_pages_params));
-  FKV_REQUIRE(params->n >= 0 && params->n <= kMaxPairs, FKV_BAD_ARGUMENT, "%s: %d pages; a call takes 0 to %d", call,
-              params->n, kMaxPairs);
-  FKV_REQUIRE(params->n == 0 || (params->from != nullptr && params->to != nullptr), FKV_BAD_ARGUMENT,
-              "%s: params.%s is null", call, params->from == nullptr ? "from" : "to");
-  FKV_REQUIRE(params->n_layers >= 0 && params->src_layer0 >= 0 && params->dst_layer0 >= 0 &&
-                  params->n_layers <= cache->n_layers - params->src_layer0 &&
-                  params->n_layers <= cache->n_layers - params->dst_layer0,
-              FKV_BAD_ARGUMENT, "%s: %d layers from %d to %d; the cache has %d", call, params->n_layers,
-              params->src_layer0, params->dst_layer0, cache->n_layers);
-  for (int32_t i = 0; i < params->n; ++i) {
-    FKV_REQUIRE(params->from[i] >= 0 && params->to[i] >= 0, FKV_BAD_ARGUMENT, "%s: pair %d is page %d to page %d", call,
-                i, params->from[i], params->to[i]);
-  }
-  return check_frames(call, "params.src", params->src);
-}
-
-int32_t check_digests(const char* call, const fkv_cache* cache, int32_t kind) {
-  FKV_REQUIRE(kind == kQuest || kind == kArkVale, FKV_BAD_ARGUMENT,
-              "%s: digest_kind %d is neither 0 (min, max) nor 1 (mean, deviation)", call, kind);
-  return check_frames(call, "cache.digests", cache->digests);
 }
 
 Pages copy_of(const fkv_cache* cache, const fkv_pages_params* params) {
