@@ -247,15 +247,17 @@ export class Batch implements Disposable {
     run.drained?.reject(error);
   }
 
-  /** A device that failed answers nobody any more. */
+  /** A device that failed, or was closed, answers nobody any more. */
   #fail(error: unknown): void {
-    this.#failure = error;
+    this.#failure ??= error;
     const runs = new Set([...this.#runs, ...this.#inFlight.flatMap(({ runs }) => runs)]);
     this.#inFlight.length = 0;
     for (const run of runs) this.#reject(run, error);
   }
 
+  /** Ends what runs. */
   [Symbol.dispose](): void {
+    this.#fail(new FreeKVError("DISPOSED", "the engine was disposed while this ran"));
     for (const event of this.#events) event[Symbol.dispose]();
   }
 }

@@ -201,7 +201,7 @@ export class Engine implements AsyncDisposable {
     if (typeof prompt === "string") {
       if (this.#tokenizer instanceof Error) throw this.#tokenizer;
       ids = this.#tokenizer.encode(prompt, { addBos: length === 0 });
-    } else ids = Int32Array.from(prompt, Number);
+    } else ids = Int32Array.from(prompt, (id) => (typeof id === "number" ? id : Number.NaN));
     const { contextLength, vocabSize } = this.model;
     if (ids.length === 0)
       throw new FreeKVError("BAD_ARGUMENT", "the prompt has no tokens; give at least one");
@@ -209,7 +209,12 @@ export class Engine implements AsyncDisposable {
       (id, i) => id < 0 || id >= vocabSize || (typeof prompt !== "string" && prompt[i] !== id),
     );
     if (bad >= 0) {
-      const shown = typeof prompt === "string" ? ids[bad] : prompt[bad];
+      const shown =
+        typeof prompt === "string"
+          ? ids[bad]
+          : typeof prompt[bad] === "number"
+            ? prompt[bad]
+            : `a ${typeof prompt[bad]}`;
       throw new FreeKVError(
         "BAD_ARGUMENT",
         `token ${bad} of the prompt is ${shown}; the vocabulary has ids 0 to ${vocabSize - 1}`,
@@ -230,7 +235,7 @@ export class Engine implements AsyncDisposable {
     if (this.#disposed) throw new FreeKVError("DISPOSED", "the engine was disposed");
   }
 
-  /** Waits for what runs, then frees everything; sequences of this engine are disposed with it. */
+  /** Waits for prompts that are being read, ends what decodes (DISPOSED), then frees everything, sequences too. */
   async [Symbol.asyncDispose](): Promise<void> {
     if (this.#disposed) return;
     this.#disposed = true;

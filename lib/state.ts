@@ -38,6 +38,8 @@ export class State {
   /** The lane whose first selection is counted. */
   #filled: Lane | null = null;
   released = false;
+  /** A prompt is being appended: what it writes to is given back only when it has ended. */
+  #appending = false;
 
   /** Errors: BUSY where no sequence is free; BAD_ARGUMENT from the policy's plan. */
   constructor(core: Core, policy: Policy) {
@@ -67,6 +69,7 @@ export class State {
   /** Appends a prompt through prefill; on failure or abort the sequence is as before. */
   async append(ids: Int32Array, task: TaskOptions): Promise<void> {
     const change = this.#begin(ids.length);
+    this.#appending = true;
     try {
       const chunks = [...this.#chunks(change, ids)];
       let before: Promise<void> | undefined;
@@ -90,6 +93,8 @@ export class State {
       throw error;
     } finally {
       this.core.prefill.end();
+      this.#appending = false;
+      if (this.released) this.#giveBack();
     }
   }
 
@@ -128,8 +133,11 @@ export class State {
     const full = Math.floor(keep / pageSize);
     const token = this.ids[keep] as number;
     const last = this.blocks[full] as number;
-    const shared = core.pool.isShared(last);
-    const own = shared ? (core.pool.reserve(1, compute)[0] as number) : last;
+    // A shared page needs a block of its own: that of the page being filled, whose tokens go, or a new one.
+    const filling = Math.floor(this.length / pageSize);
+    const spare = filling > full && this.length % pageSize > 0 ? this.blocks[filling] : undefined;
+    const reserved = core.pool.isShared(last) && spare === undefined ? core.pool.reserve(1, compute) : [];
+    const own = core.pool.isShared(last) ? (spare ?? (reserved[0] as number)) : last;
     const old = this.lane;
     const partial =
       keep % pageSize === 0
@@ -146,7 +154,7 @@ export class State {
       core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
       core.fill(lane, length, blocks);
     } catch (error) {
-      if (shared) core.pool.release([own]);
+      core.pool.release(reserved);
       this.#restore(lane);
       throw error;
     } finally {
@@ -196,6 +204,10 @@ export class State {
   release(): void {
     if (this.released) return;
     this.released = true;
+    if (!this.#appending) this.#giveBack();
+  }
+
+  #giveBack(): void {
     unlessFailed(() => this.core.orchestration.quiesce());
     this.core.pool.release(this.blocks.splice(0));
     if (this.#lane) this.core.laneMemory.give(this.#lane.memory);

@@ -362,3 +362,23 @@ test("what cannot be a row is refused before anything runs, and hurts nobody els
   assertThrows(() => engine.generate(tokens(40), { topK: -1 }), FreeKVError);
   assertEquals((await engine.generate(tokens(40), { maxTokens: 2 }).result()).tokens.length, 2);
 });
+
+test("a sequence disposed while it is appended to leaves the next owner of its lane alone", {
+  timeout,
+}, async () => {
+  for (const policy of ["full", "streaming", "freekv"] as const) {
+    await using engine = await load(dir, { maxSequences: 2, policy: "freekv" });
+    using base = await engine.prefill(ids.slice(0, 300));
+    using alone = base.fork({ policy });
+    const expected = await score(alone, ids.slice(300, 320));
+    alone[Symbol.dispose]();
+    const doomed = await engine.prefill(ids.slice(0, 100));
+    const appended = assertRejects(() => doomed.append(tokens(1500)), FreeKVError, "disposed");
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    doomed[Symbol.dispose]();
+    await refused("BUSY", /alive/, () => base.fork({ policy })); // its lane is given back when the append has ended
+    await appended;
+    using next = base.fork({ policy });
+    assertEquals(await score(next, ids.slice(300, 320)), expected);
+  }
+});
