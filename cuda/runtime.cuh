@@ -9,13 +9,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <thread>
 #include <unordered_map>
 #include <vector>
 
-#include "checks.h"
+#include "entry.h"
 #include "ledger.h"
 
 namespace fkv {
@@ -26,31 +25,10 @@ constexpr uint64_t kEventMagic = 0x666b762065766e32, kGraphMagic = 0x666b7620677
 
 // A capture in progress, shared by its streams and by events recorded in it. CUDA builds the graph; this remembers enough to refuse
 // what the ABI refuses, with a text, before CUDA sees it.
-struct Capture {
-  std::thread::id thread;
-  fkv_stream* origin;
-  std::vector<fkv_stream*> streams;
-  std::string broken{};  // why it can only be ended; empty while it is valid
-  bool ended = false;
+struct Capture : CaptureState {
+  fkv_stream* origin = nullptr;
+  std::vector<fkv_stream*> streams{};
 };
-
-// Runs one entry of the ABI: nothing it allocates may throw through C.
-template <class Body>
-int32_t guarded(const Body& body) noexcept {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    return fail(FKV_OUT_OF_MEMORY, "the host has no memory for this call");
-  } catch (const std::exception& error) {
-    return fail(FKV_DEVICE_FAILED, "%s", error.what());
-  }
-}
-
-// FKV_BAD_ARGUMENT unless the handle is alive.
-int32_t check(const fkv_device* device);
-int32_t check(const fkv_stream* stream);
-int32_t check(const fkv_event* event);
-int32_t check(const fkv_graph* graph);
 
 // The status that a CUDA error is, with its text. Errors that leave the context unusable make the device fail, for good.
 // FKV_OK for cudaSuccess. `device` may be null where none is open yet.
@@ -82,10 +60,6 @@ int32_t drain(fkv_device* device, const char* call);
 // Gives memory back to CUDA or the system, whatever state the device is in.
 void release(void* memory, uint64_t bytes, Ledger::Kind kind);
 
-// With `issue` held: FKV_CAPTURE for an operation that the capture does not allow, which breaks the capture.
-int32_t break_capture(Capture& capture, const std::string& why);
-// With `issue` held: FKV_CAPTURE if the capture is broken.
-int32_t check_capture(const Capture& capture);
 // FKV_CAPTURE, and breaks the captures that the calling thread has begun on the device, if there are any.
 int32_t refuse_while_capturing(fkv_device* device, const char* call);
 // With `issue` held: takes the capture off its streams; the graph that CUDA made is returned, or null.

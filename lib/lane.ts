@@ -8,6 +8,9 @@ import type { Plan } from "./plan.ts";
 
 const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;
 
+/** Device memory that is kept for a next use, of each kind. */
+export const keptBytes: number = 64 * 2 ** 20;
+
 /** Sizes are rounded up to eighths of a power of two, so that lanes of like length fit each other's memory. */
 const sizeClass = (bytes: number): number => {
   const step = 2 ** Math.max(8, Math.floor(Math.log2(bytes)) - 3);
@@ -19,7 +22,6 @@ const sizeClass = (bytes: number): number => {
  * while giving memory back makes the device finish its work first.
  */
 export class LaneMemory implements Disposable {
-  static readonly keptBytes: number = 64 * 2 ** 20;
   readonly #device: Device;
   readonly #free: DeviceBuffer[] = [];
   constructor(device: Device) {
@@ -39,8 +41,7 @@ export class LaneMemory implements Disposable {
   }
   give(buffer: DeviceBuffer): void {
     this.#free.push(buffer);
-    while (this.#free.reduce((n, b) => n + b.bytes, 0) > LaneMemory.keptBytes)
-      this.#free.shift()?.[Symbol.dispose]();
+    while (this.#free.reduce((n, b) => n + b.bytes, 0) > keptBytes) this.#free.shift()?.[Symbol.dispose]();
   }
   [Symbol.dispose](): void {
     for (const b of this.#free.splice(0)) b[Symbol.dispose]();

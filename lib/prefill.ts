@@ -8,14 +8,12 @@ import type { Decoder } from "./decoder.ts";
 import { DenseQueue } from "./dense.ts";
 import type { DeviceBuffer, Event, Stream } from "./device.ts";
 import { unlessFailed } from "./errors.ts";
-import type { Lane } from "./lane.ts";
+import { keptBytes, type Lane } from "./lane.ts";
 import { Activations } from "./network.ts";
 import type { Waits } from "./waits.ts";
 
 /** Chunks end at multiples of this. */
 export const chunkTokens = 512;
-/** A workspace up to this size is kept for the next prompt. */
-const keptBytes = 64 * 2 ** 20;
 
 /** A prompt's chunk: `ids` at positions `start` … of a sequence with these blocks, reserved up to the chunk's end. */
 export interface Chunk {

@@ -136,8 +136,9 @@ export class State {
     // A shared page needs a block of its own: that of the page being filled, whose tokens go, or a new one.
     const filling = Math.floor(this.length / pageSize);
     const spare = filling > full && this.length % pageSize > 0 ? this.blocks[filling] : undefined;
-    const reserved = core.pool.isShared(last) && spare === undefined ? core.pool.reserve(1, compute) : [];
-    const own = core.pool.isShared(last) ? (spare ?? (reserved[0] as number)) : last;
+    const shared = core.pool.isShared(last);
+    const reserved = shared && spare === undefined ? core.pool.reserve(1, compute) : [];
+    const own = shared ? (spare ?? (reserved[0] as number)) : last;
     const old = this.lane;
     const partial =
       keep % pageSize === 0

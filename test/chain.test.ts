@@ -3,8 +3,9 @@
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater } from "@std/assert";
+import type { Dtype } from "../lib/checkpoint.ts";
 import type { DeviceBuffer } from "../lib/device.ts";
-import { bits, DenseRig, type Dtype, type Phase, rounded } from "./dense/rig.ts";
+import { bits, DenseRig, type Phase, rounded } from "./dense/rig.ts";
 import { Random } from "./retrieval/random.ts";
 
 interface Shape {

@@ -3,8 +3,10 @@
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertLess, assertThrows } from "@std/assert";
+import type { Dtype } from "../lib/checkpoint.ts";
 import { FreeKVError, pack } from "../lib/device.ts";
-import { bits, DenseRig, type Dtype, dtypeCodes, epilogueCodes, rounded } from "./dense/rig.ts";
+import { dtypeCode } from "../lib/geometry.ts";
+import { bits, DenseRig, epilogueCodes, rounded } from "./dense/rig.ts";
 import { densePhase, type Epilogue } from "./reference/dense.ts";
 import { Random } from "./retrieval/random.ts";
 
@@ -269,7 +271,7 @@ test("embedding rows are the table's, and zero for an empty row", { timeout: 30_
         out.address,
         rig.upload(Int32Array.from(tokens)).address,
         rig.stored(table, dtype).address,
-        dtypeCodes[dtype],
+        dtypeCode[dtype],
         hidden,
         vocab,
         tokens.length,
@@ -298,7 +300,7 @@ test("the chain refuses what it cannot run, and says which phase", { timeout: 30
     y_stride: 8,
     n_out: 8,
     k: 8,
-    dtype: dtypeCodes.f32,
+    dtype: dtypeCode.f32,
     epilogue: epilogueCodes.store,
     eps: 0,
   };

@@ -3,6 +3,7 @@
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertLess } from "@std/assert";
+import type { Dtype } from "../lib/checkpoint.ts";
 import { toFloat32 } from "../lib/float.ts";
 import {
   blockBytes,
@@ -13,7 +14,7 @@ import {
   keysOf,
   untouched,
 } from "./attention/pools.ts";
-import { type Dtype, type LaneSpec, Rig, type RigOptions, type Story } from "./attention/rig.ts";
+import { type LaneSpec, Rig, type RigOptions, type Story } from "./attention/rig.ts";
 import { meanDeviation, minMax } from "./reference/attention.ts";
 import { Random } from "./retrieval/random.ts";
 

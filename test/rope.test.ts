@@ -3,8 +3,10 @@
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertThrows } from "@std/assert";
+import type { Dtype } from "../lib/checkpoint.ts";
 import { FreeKVError, pack } from "../lib/device.ts";
-import { bits, DenseRig, type Dtype, dtypeCodes, rounded } from "./dense/rig.ts";
+import { dtypeCode } from "../lib/geometry.ts";
+import { bits, DenseRig, rounded } from "./dense/rig.ts";
 import { ropeHead } from "./reference/dense.ts";
 import { Random } from "./retrieval/random.ts";
 
@@ -30,7 +32,7 @@ function run(rig: DenseRig, c: Case, qkv: Float32Array, norms: readonly [Float32
     n_q_heads: qHeads,
     n_kv_heads: kvHeads,
     head_dim: d,
-    dtype: dtypeCodes[dtype],
+    dtype: dtypeCode[dtype],
     eps,
     scale,
     qkv: memory,
@@ -113,7 +115,7 @@ test("RoPE refuses what it cannot run", { timeout: 30_000 }, () => {
     n_q_heads: 2,
     n_kv_heads: 1,
     head_dim: 8,
-    dtype: dtypeCodes.f32,
+    dtype: dtypeCode.f32,
     eps,
     scale: 1,
     qkv: memory,

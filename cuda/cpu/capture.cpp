@@ -5,24 +5,9 @@
 
 namespace fkv {
 
-int32_t break_capture(Capture& capture, const std::string& why) {
-  if (capture.broken.empty()) capture.broken = why;
-  return fail(FKV_CAPTURE, "not allowed during capture: %s; end the capture with fkv_capture_end", why.c_str());
-}
-
-int32_t check_capture(const Capture& capture) {
-  FKV_REQUIRE(capture.broken.empty(), FKV_CAPTURE, "the capture is broken by %s; end it with fkv_capture_end",
-              capture.broken.c_str());
-  return FKV_OK;
-}
-
 int32_t refuse_while_capturing(fkv_device* device, const char* call) {
   std::lock_guard<std::mutex> issue(device->issue);
-  int32_t status = FKV_OK;
-  for (const auto& capture : device->captures) {
-    if (capture->thread == std::this_thread::get_id()) status = break_capture(*capture, call);
-  }
-  return status;
+  return break_own_captures(device->captures, call);
 }
 
 void add_frontier(fkv_stream* stream, const std::vector<int>& nodes) {
@@ -73,7 +58,10 @@ int32_t fkv_capture_begin(fkv_stream* stream) {
     if (const int32_t status = stream->device->check_failure()) return status;
     std::lock_guard<std::mutex> issue(stream->device->issue);
     if (stream->capture) return break_capture(*stream->capture, "fkv_capture_begin on a stream that captures already");
-    auto capture = std::make_shared<Capture>(Capture{std::this_thread::get_id(), stream, {stream}});
+    auto capture = std::make_shared<Capture>();
+    capture->thread = std::this_thread::get_id();
+    capture->origin = stream;
+    capture->streams = {stream};
     stream->device->captures.push_back(capture);
     stream->capture = std::move(capture);
     stream->lane = 0;

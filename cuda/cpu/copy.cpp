@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../checks_copy.h"
 #include "rows.h"
 #include "runtime.h"
 
@@ -91,10 +92,9 @@ int32_t check_word(fkv_stream* stream, const uint64_t* word, const char* what) {
 int32_t fkv_memcpy_async(void* dst, const void* src, uint64_t bytes, fkv_stream* stream) {
   return guarded([&]() -> int32_t {
     if (const int32_t status = check(stream)) return status;
-    FKV_REQUIRE(dst != nullptr && src != nullptr, FKV_BAD_ARGUMENT, "%s: null", dst ? "src" : "dst");
+    if (const int32_t status = check_ends(dst, src)) return status;
     if (bytes == 0) return FKV_OK;
-    const uintptr_t to = reinterpret_cast<uintptr_t>(dst), from = reinterpret_cast<uintptr_t>(src);
-    FKV_REQUIRE((to < from ? from - to : to - from) >= bytes, FKV_BAD_ARGUMENT, "dst and src overlap");
+    if (const int32_t status = check_apart(dst, src, bytes)) return status;
     const Copy copy{static_cast<char*>(dst), static_cast<const char*>(src), bytes, bytes, bytes, 1};
     return launch_copy("fkv_memcpy_async", copy, stream);
   });
@@ -104,12 +104,9 @@ int32_t fkv_memcpy_2d_async(void* dst, uint64_t dst_pitch, const void* src, uint
                             uint64_t height, fkv_stream* stream) {
   return guarded([&]() -> int32_t {
     if (const int32_t status = check(stream)) return status;
-    FKV_REQUIRE(dst != nullptr && src != nullptr, FKV_BAD_ARGUMENT, "%s: null", dst ? "src" : "dst");
+    if (const int32_t status = check_ends(dst, src)) return status;
     if (width == 0 || height == 0) return FKV_OK;
-    const uint64_t pitch = std::max(dst_pitch, src_pitch);
-    FKV_REQUIRE(dst_pitch >= width && src_pitch >= width, FKV_BAD_ARGUMENT, "%s: rows of %llu bytes do not fit in it",
-                dst_pitch < width ? "dst_pitch" : "src_pitch", static_cast<unsigned long long>(width));
-    FKV_REQUIRE(height <= (uint64_t{1} << 62) / pitch, FKV_BAD_ARGUMENT, "height: too many rows");
+    if (const int32_t status = check_pitches(dst_pitch, src_pitch, width, height)) return status;
     const Copy copy{static_cast<char*>(dst), static_cast<const char*>(src), dst_pitch, src_pitch, width, height};
     return launch_copy("fkv_memcpy_2d_async", copy, stream);
   });
@@ -147,9 +144,7 @@ int32_t fkv_memset_2d_async(void* dst, uint64_t pitch, int32_t value, uint64_t w
 int32_t fkv_write_async(void* dst, const void* src, uint64_t bytes, fkv_stream* stream) {
   return guarded([&]() -> int32_t {
     if (const int32_t status = check(stream)) return status;
-    FKV_REQUIRE(dst != nullptr && src != nullptr, FKV_BAD_ARGUMENT, "%s: null", dst ? "src" : "dst");
-    FKV_REQUIRE(bytes <= 3072, FKV_BAD_ARGUMENT, "bytes: %llu, more than the 3072 that one call can carry",
-                static_cast<unsigned long long>(bytes));
+    if (const int32_t status = check_write(dst, src, bytes)) return status;
     Place to, from;
     if (const int32_t status = stream->device->memory.locate(&to, dst, bytes, "dst")) return status;
     if (const int32_t status = stream->device->memory.locate(&from, src, bytes, "src")) return status;

@@ -7,12 +7,12 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <thread>
 #include <unordered_map>
 #include <vector>
 
+#include "../entry.h"
 #include "arena.h"
 #include "link.h"
 #include "pool.h"
@@ -76,13 +76,10 @@ struct GraphBody {
 };
 
 // A capture in progress, shared by its streams and by events recorded in it.
-struct Capture {
-  std::thread::id thread;
-  fkv_stream* origin;
-  std::vector<fkv_stream*> streams;
+struct Capture : CaptureState {
+  fkv_stream* origin = nullptr;
+  std::vector<fkv_stream*> streams{};
   std::vector<GraphNode> nodes{};
-  std::string broken{};  // why it can only be ended; empty while it is valid
-  bool ended = false;
 };
 
 // A thread of a stream that replays one lane of a graph beside the stream's own.
@@ -114,24 +111,6 @@ class DeviceContext : public Context {
   fkv_device* device_;
 };
 
-// Runs one entry of the ABI: nothing it allocates may throw through C.
-template <class Body>
-int32_t guarded(const Body& body) noexcept {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    return fail(FKV_OUT_OF_MEMORY, "the host has no memory for this call");
-  } catch (const std::exception& error) {
-    return fail(FKV_DEVICE_FAILED, "%s", error.what());
-  }
-}
-
-// FKV_BAD_ARGUMENT unless the handle is alive.
-int32_t check(const fkv_device* device);
-int32_t check(const fkv_stream* stream);
-int32_t check(const fkv_event* event);
-int32_t check(const fkv_graph* graph);
-
 // Appends to the stream's queue, also while the stream captures.
 void enqueue(fkv_stream* stream, Op op);
 // Runs a queued entry, but not a graph under a schedule seed. Worker threads and the schedule.
@@ -144,10 +123,6 @@ int32_t drain(fkv_device* device);
 // Replays the graph on the calling stream thread and its lane threads.
 void replay(fkv_stream* stream, const std::shared_ptr<GraphBody>& graph);
 
-// With `issue` held: FKV_CAPTURE for an operation that the capture does not allow, which breaks the capture.
-int32_t break_capture(Capture& capture, const std::string& why);
-// With `issue` held: FKV_CAPTURE if the capture is broken.
-int32_t check_capture(const Capture& capture);
 // FKV_CAPTURE, and breaks the captures that the calling thread has begun on the device, if there are any.
 int32_t refuse_while_capturing(fkv_device* device, const char* call);
 // With `issue` held: what the next operation of the stream waits for also includes `nodes`.

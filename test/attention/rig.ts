@@ -3,25 +3,21 @@
 // Device memory starts as NaN, so whatever reads a page that was not placed shows.
 
 import type { Values } from "../../ffi/structs.ts";
+import type { Dtype } from "../../lib/checkpoint.ts";
 import {
   type Device,
   type DeviceBuffer,
-  FKV_BF16,
-  FKV_F16,
-  FKV_F32,
   type PinnedBuffer,
   pack,
   type Stream,
   size,
 } from "../../lib/device.ts";
 import { fromFloat32, toFloat32 } from "../../lib/float.ts";
+import { dtypeCode } from "../../lib/geometry.ts";
 import { attend, type View, visitedPages } from "../reference/attention.ts";
 import { frameOf, type PageLayout, stridesOf } from "../retrieval/images.ts";
 import type { Random } from "../retrieval/random.ts";
 import { openTarget } from "../target.ts";
-
-export type Dtype = "f32" | "bf16" | "f16";
-export const dtypeCodes: Readonly<Record<Dtype, number>> = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
 
 export interface RigOptions {
   group?: number;
@@ -156,7 +152,7 @@ export class Rig implements Disposable {
 
   cache(changes: Partial<Values<"fkv_cache">> = {}): ArrayBuffer {
     return pack.fkv_cache({
-      dtype: dtypeCodes[this.dtype],
+      dtype: dtypeCode[this.dtype],
       n_layers: this.layers,
       n_q_heads: this.qHeads,
       n_kv_heads: this.kvHeads,

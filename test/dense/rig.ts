@@ -1,13 +1,11 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // Runs the dense calls over plain arrays. Device memory starts as NaN, so what was not written shows.
 
+import type { Dtype } from "../../lib/checkpoint.ts";
 import {
   type Device,
   type DeviceBuffer,
   FKV_ADD,
-  FKV_BF16,
-  FKV_F16,
-  FKV_F32,
   FKV_STORE,
   FKV_SWIGLU,
   pack,
@@ -15,11 +13,10 @@ import {
   size,
 } from "../../lib/device.ts";
 import { fromFloat32, toFloat32 } from "../../lib/float.ts";
+import { dtypeCode } from "../../lib/geometry.ts";
 import type { Epilogue } from "../reference/dense.ts";
 import { openTarget } from "../target.ts";
 
-export type Dtype = "f32" | "bf16" | "f16";
-export const dtypeCodes: Readonly<Record<Dtype, number>> = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
 export const epilogueCodes: Readonly<Record<Epilogue, number>> = {
   store: FKV_STORE,
   add: FKV_ADD,
@@ -100,7 +97,7 @@ export class DenseRig implements Disposable {
         y_stride: phase.yStride ?? width,
         n_out: phase.nOut,
         k: phase.k,
-        dtype: dtypeCodes[phase.dtype],
+        dtype: dtypeCode[phase.dtype],
         epilogue: epilogueCodes[phase.epilogue],
         eps: phase.eps ?? 0,
       };

@@ -4,9 +4,6 @@
 import type { Dtype } from "../../lib/checkpoint.ts";
 import {
   type DeviceBuffer,
-  FKV_BF16,
-  FKV_F16,
-  FKV_F32,
   FKV_FIRST,
   FKV_NEXT,
   FKV_NOW,
@@ -14,13 +11,13 @@ import {
   pack,
   size,
 } from "../../lib/device.ts";
+import { dtypeCode } from "../../lib/geometry.ts";
 import type { Counts, Stage } from "../reference/retrieval.ts";
 import { frameOf, headPageOf, type PageLayout, stridesOf } from "./images.ts";
 import { type LaneTables, laneTables, packLane, type RigLane } from "./lane.ts";
 import { Memory, type MemoryOptions } from "./memory.ts";
 import { packRow, type RigRow } from "./rows.ts";
 
-const dtypes = { f32: FKV_F32, bf16: FKV_BF16, f16: FKV_F16 };
 export const stages: Record<Stage, number> = { now: FKV_NOW, next: FKV_NEXT, first: FKV_FIRST };
 export interface RigOptions extends MemoryOptions {
   lanes: RigLane[];
@@ -153,7 +150,7 @@ export class Rig extends Memory {
     }
     const pitches = { base: 0, chunks: null, layer: 0, frame: this.frameBytes, shift: 0 };
     this.cache = pack.fkv_cache({
-      dtype: dtypes[dtype],
+      dtype: dtypeCode[dtype],
       n_layers: this.layers,
       n_q_heads: qHeads,
       n_kv_heads: this.kvHeads,
