@@ -11,7 +11,6 @@
 // floor: the bytes of W at HBM read speed → a layer of Llama-3.1-8B (436 MB bf16) 130 us on an H100.
 #include <algorithm>
 
-#include "checks_dense.h"
 #include "dense.cuh"
 
 namespace fkv {
@@ -289,10 +288,11 @@ bool overlap(const fkv_phase& phase, int32_t n_rows) {
   return x < y_end && y < x_end;
 }
 
-// Whether one launch may run these phases.
+}  // namespace
+
 bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv_stream* stream) {
   const cudaDeviceProp& device = stream->device->properties;
-  if (n_phases < 2 || n_rows > kMaxChainRows || !device.cooperativeLaunch) return false;
+  if (stream->device->plain || n_phases < 2 || n_rows > kMaxChainRows || !device.cooperativeLaunch) return false;
   if (device.sharedMemPerBlockOptin < kSharedBytes + 1024) return false;
   for (int32_t i = 0; i < n_phases; ++i) {
     const fkv_phase& phase = phases[i];
@@ -331,23 +331,6 @@ int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, voi
   return FKV_OK;
 }
 
-}  // namespace
+uint64_t chain_scratch_bytes() { return kCounterBytes; }
+
 }  // namespace fkv
-
-extern "C" int32_t fkv_chain_scratch_bytes(uint64_t* bytes, int32_t n_rows, int32_t max_k, int32_t max_out) {
-  if (const int32_t status = fkv::check_chain_scratch(bytes, n_rows, max_k, max_out)) return status;
-  *bytes = fkv::kCounterBytes + fkv::laid_out_bytes(n_rows, max_k);
-  return FKV_OK;
-}
-
-extern "C" int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch,
-                                   fkv_stream* stream) {
-  if (const int32_t status = fkv::check_chain(phases, n_phases, n_rows, scratch, stream)) return status;
-  if (const int32_t status = fkv::ready(stream, fkv::kCall)) return status;
-  if (fkv::chains(phases, n_phases, n_rows, stream))
-    return fkv::run_chain(phases, n_phases, n_rows, scratch, stream);
-  float* x = reinterpret_cast<float*>(static_cast<char*>(scratch) + fkv::kCounterBytes);
-  for (int32_t i = 0; i < n_phases; ++i)
-    if (const int32_t status = fkv::launch_phase(phases[i], n_rows, x, stream)) return status;
-  return FKV_OK;
-}

@@ -31,11 +31,13 @@ inline int32_t check_phase(const fkv_phase& phase, int32_t i) {
   return FKV_OK;
 }
 
-inline int32_t check_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const void* scratch,
+inline int32_t check_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, int32_t family, const void* scratch,
                            const fkv_stream* stream) {
   FKV_REQUIRE(phases && scratch && stream, FKV_BAD_ARGUMENT, "fkv_dense_chain: phases, scratch or stream is null");
   FKV_REQUIRE(n_phases > 0 && n_rows > 0, FKV_BAD_SHAPE, "fkv_dense_chain: n_phases %d and n_rows %d must be positive",
               n_phases, n_rows);
+  FKV_REQUIRE(family >= FKV_DECODE && family <= FKV_FAST, FKV_BAD_ARGUMENT,
+              "fkv_dense_chain: family %d is none of DECODE, PREFILL, FAST", family);
   FKV_REQUIRE(reinterpret_cast<uintptr_t>(scratch) % kScratchAlignment == 0, FKV_BAD_ARGUMENT,
               "fkv_dense_chain: scratch is not aligned to %llu bytes",
               static_cast<unsigned long long>(kScratchAlignment));

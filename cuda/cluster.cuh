@@ -13,7 +13,7 @@ constexpr int kClusterBlocks = 8;  // the most that every chip with clusters tak
 
 inline bool has_clusters(const fkv_stream* stream) {
   const int major = stream->device->properties.major;
-  return major == 9 || major == 10;
+  return !stream->device->plain && (major == 9 || major == 10);
 }
 
 // The calling block's cluster: kBlocks blocks along x.

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "checks.h"
@@ -30,11 +31,13 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr int64_t divide_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
+constexpr size_t kPlainShared = 99 * 1024;  // what a block has on the smallest chips (sm_86, 89, 120)
+
 // Lets a kernel use `bytes` of dynamic shared memory, where that is more than the 48 KiB it has without asking. To be said before the
 // launch, every time: the permission belongs to the device that is current.
 template <class Kernel>
 int32_t allow_shared(fkv_stream* stream, const char* call, Kernel kernel, size_t bytes) {
-  const size_t most = stream->device->properties.sharedMemPerBlockOptin;
+  const size_t has = stream->device->properties.sharedMemPerBlockOptin, most = stream->device->plain ? std::min(has, kPlainShared) : has;
   FKV_REQUIRE(bytes <= most, FKV_UNSUPPORTED, "%s: needs %zu bytes of shared memory, the device has %zu", call, bytes, most);
   if (bytes <= 48 * 1024) return FKV_OK;
   const auto function = reinterpret_cast<const void*>(kernel);

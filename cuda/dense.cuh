@@ -220,6 +220,14 @@ __device__ __forceinline__ void row_factors(float (&factors)[R], const float* x,
   }
 }
 
+// ---- phases in one launch (chain.cu) ----
+
+// Whether one launch may run these phases.
+bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv_stream* stream);
+// chain_scratch_bytes() of scratch. Only what `chains` allows.
+int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch, fkv_stream* stream);
+uint64_t chain_scratch_bytes();
+
 // ---- one phase in plain launches (gemm.cu) ----
 
 // Bytes of x laid out for the kernels: [n_rows][steps of k] of 1 KiB each.

@@ -183,7 +183,7 @@ int32_t fkv_device_open(fkv_device** device, const fkv_device_params* params) {
                 properties.name, properties.major, properties.minor, kLeastMajor);
     FKV_REQUIRE(properties.unifiedAddressing && properties.canUseHostPointerForRegisteredMem, FKV_NO_DEVICE,
                 "%s: this system maps pinned memory at another address on the device", properties.name);
-    auto made = std::make_unique<fkv_device>(params->ordinal, properties);
+    auto made = std::make_unique<fkv_device>(params->ordinal, properties, params->plain != 0);
     // Makes the context, and finds out whether it can be used: an earlier failure in this process leaves it broken.
     const Beside beside;
     if (const int32_t status = status_of(nullptr, cudaSetDevice(params->ordinal), "fkv_device_open")) return status;

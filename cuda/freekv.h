@@ -56,7 +56,7 @@ typedef struct fkv_device_params {
   uint64_t schedule_seed;          // twin only: 0 = real threads; else operations run one at a time in a seeded order (see cpu/twin.h)
   double link_bytes_per_second;    // twin only: simulated host link, each way; 0 = none
   int32_t threads;                 // twin only: compute threads; 0 = all cores
-  int32_t reserved;
+  int32_t plain;                   // CUDA only: 1 = as on a chip without clusters, cooperative launches and 200 KiB of shared memory; same bits
 } fkv_device_params;
 typedef struct fkv_device_info {
   uint32_t struct_bytes;
@@ -127,8 +127,11 @@ FKV_API int32_t fkv_embed(float* out, const int32_t* tokens, const void* table, 
 // One phase: y = epilogue(W · prologue(x)), W [n_out][k] row-major of `dtype`, x and y f32.
 // Prologue: with `norm`, x·rsqrt(mean(x²) + eps)·norm per row (RMSNorm). Epilogue, in this order: + bias; then
 // STORE y = v · ADD y += v (residual) · SWIGLU with W's rows interleaved gate, up, gate, up…: y[i] = silu(v[2i])·v[2i+1], n_out/2 values.
-// Every output is a sum over k in one order fixed by k alone, never by n_rows (design section 5).
 enum { FKV_STORE = 0, FKV_ADD = 1, FKV_SWIGLU = 2 };
+// Whose sums: DECODE, f32 in one order; PREFILL, tensor cores in one order, x as the sum of two values of the weights' type (f32 weights: as
+// DECODE). In both, that order is fixed by k alone, never by n_rows (design section 5). FAST: whatever is fastest for this many rows, the
+// vendor's GEMM too, x rounded to the weights' type. The twin has one order for all.
+enum { FKV_DECODE = 0, FKV_PREFILL = 1, FKV_FAST = 2 };
 typedef struct fkv_phase {
   const void* weight;
   const void* bias;      // [n_out] of dtype, or null
@@ -142,7 +145,7 @@ typedef struct fkv_phase {
 } fkv_phase;
 // Runs the phases in order, each seeing the ones before it. scratch: device memory, fkv_chain_scratch_bytes() of it, not shared with
 // another chain in flight. k and n_out any positive number; vectors 64-byte-friendly shapes are fast.
-FKV_API int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch, fkv_stream* stream);
+FKV_API int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, int32_t family, void* scratch, fkv_stream* stream);
 FKV_API int32_t fkv_chain_scratch_bytes(uint64_t* bytes, int32_t n_rows, int32_t max_k, int32_t max_out);
 
 // In place on qkv [n_rows][(Hq + 2·Hkv)·d] f32 (q heads, k heads, v heads): per head of q and k, QK-norm (RMSNorm over d) where a
@@ -233,6 +236,12 @@ typedef struct fkv_result {
   float top_logprob[FKV_MAX_TOP];
 } fkv_result;
 
+// For measurements on weights that mean nothing: selections whose changes are known. 0: as it is.
+typedef struct fkv_forced {
+  int32_t flagged;  // THRESHOLD flags this share of the heads, out of 1024, drawn by (position, layer, head)
+  int32_t period;   // a page's pooled score is a number drawn anew every `period` tokens: of many candidates, 1/period of a selection is new
+} fkv_forced;
+
 // One engine's cache geometry and tables. All pointers are device memory.
 typedef struct fkv_cache {
   uint32_t struct_bytes;
@@ -255,6 +264,7 @@ typedef struct fkv_cache {
   int32_t* positions;            // [max_rows]; −1 for an empty row
   uint8_t* flags;                // [L][max_rows][Hkv] 1 = flagged
   fkv_counters* counters;        // [max_rows]
+  const fkv_forced* forced;      // or null
 } fkv_cache;
 
 // First operation of a step: rows = ring[*step mod ring_entries]; resolves tokens (−1: sampled[sequence]) and positions, writes

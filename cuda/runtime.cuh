@@ -101,6 +101,7 @@ struct fkv_device {
   uint64_t magic = fkv::kDeviceMagic;
   int ordinal;
   cudaDeviceProp properties;  // multiProcessorCount, sharedMemPerBlockOptin, …: what launchers size themselves by
+  const bool plain;           // launchers do without clusters, cooperative launches and more than kPlainShared bytes of shared memory
   fkv::Ledger ledger{};
 
   std::mutex issue{};
@@ -114,7 +115,7 @@ struct fkv_device {
   std::string failure{};      // why the device failed; empty while it has not
   bool failure_told = false;  // some call has returned it
 
-  fkv_device(int number, const cudaDeviceProp& found) : ordinal(number), properties(found) {}
+  fkv_device(int number, const cudaDeviceProp& found, bool no_clusters) : ordinal(number), properties(found), plain(no_clusters) {}
   ~fkv_device();
   // FKV_DEVICE_FAILED with the reason, or FKV_OK.
   int32_t check_failure();

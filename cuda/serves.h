@@ -58,6 +58,29 @@ FKV_INLINE bool counts_selection(const fkv_cache& cache, int32_t layer, int32_t 
   return stage != FKV_NEXT || flags_of(cache, layer, row_index)[head] == 0;
 }
 
+// ---- forced selections (fkv_forced) ----
+
+FKV_INLINE uint32_t mixed(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+FKV_INLINE uint32_t mixed(uint32_t a, uint32_t b, uint32_t c) { return mixed(mixed(mixed(a) + b) + c); }
+
+// Instead of the check of a row with THRESHOLD, where forced->flagged > 0.
+FKV_INLINE bool forced_flag(const fkv_forced& forced, const fkv_row& row, int32_t layer, int32_t head) {
+  return static_cast<int32_t>(mixed(row.position, layer, head) % 1024) < forced.flagged;
+}
+// The position whose q a head is served with.
+FKV_INLINE int32_t query_position(const fkv_row& row, Query query, int32_t stage) {
+  return query == Query::current || stage == FKV_NEXT ? row.position : row.position - 1;
+}
+// Instead of `page`'s pooled score under the q of `position`, where forced->period > 0.
+FKV_INLINE float forced_score(const fkv_forced& forced, int32_t position, int32_t layer, int32_t head, int32_t page) {
+  const uint32_t own = mixed(layer, head, page), drawn = (position + own % forced.period) / forced.period;
+  return static_cast<float>(mixed(own + drawn) >> 8) * 0x1p-24f;
+}
+
 // Floats of one row of qkv.
 FKV_INLINE int64_t qkv_width(const fkv_cache& cache) {
   return static_cast<int64_t>(cache.n_q_heads + 2 * cache.n_kv_heads) * cache.head_dim;

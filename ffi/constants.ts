@@ -26,6 +26,11 @@ export const FKV_STORE = 0;
 export const FKV_ADD = 1;
 export const FKV_SWIGLU = 2;
 
+// `family` of a dense chain
+export const FKV_DECODE = 0;
+export const FKV_PREFILL = 1;
+export const FKV_FAST = 2;
+
 // fkv_row.correction
 export const FKV_CORRECT_OFF = 0;
 export const FKV_CORRECT_THRESHOLD = 1;

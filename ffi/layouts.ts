@@ -8,7 +8,7 @@ export const layouts = {
     schedule_seed: "u64",
     link_bytes_per_second: "f64",
     threads: "i32",
-    reserved: "i32",
+    plain: "i32",
   },
   fkv_device_info: {
     struct_bytes: "u32",
@@ -121,6 +121,7 @@ export const layouts = {
     top_id: "i32[20]",
     top_logprob: "f32[20]",
   },
+  fkv_forced: { flagged: "i32", period: "i32" },
   fkv_cache: {
     struct_bytes: "u32",
     dtype: "i32",
@@ -148,6 +149,7 @@ export const layouts = {
     positions: "ptr",
     flags: "ptr",
     counters: "ptr",
+    forced: "ptr",
   },
   fkv_miss: { page: "i32", slot: "i32", block: "i32", frame: "i32" },
   fkv_workspace: { scores: "ptr", n_misses: "ptr", misses: "ptr" },

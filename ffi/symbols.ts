@@ -58,7 +58,7 @@ export const signatures = {
 
   fkv_embed:
     "out: ptr, tokens: ptr, table: ptr, dtype: i32, hidden: i32, vocab: i32, n_rows: i32, stream: ptr",
-  fkv_dense_chain: "phases: buf, n_phases: i32, n_rows: i32, scratch: ptr?, stream: ptr",
+  fkv_dense_chain: "phases: buf, n_phases: i32, n_rows: i32, family: i32, scratch: ptr?, stream: ptr",
   fkv_chain_scratch_bytes: "bytes: buf, n_rows: i32, max_k: i32, max_out: i32",
   fkv_rope: "params: buf, stream: ptr",
 

@@ -14,6 +14,8 @@ export interface CacheOptions {
   vocab: number;
   pooling: number;
   scoreScale: number;
+  /** Address of an `fkv_forced`; none: selections are as they are. */
+  forced?: number;
 }
 
 /** Fields of `fkv_frames`. */
@@ -125,6 +127,7 @@ export class Cache implements Disposable {
       positions: this.positions.address,
       flags: this.flags.address,
       counters: this.counters.address,
+      forced: o.forced ?? 0,
     });
     using stream = device.stream();
     for (const zeroed of [this.step, this.zeroStep, this.stall, this.flags, this.blockTable])

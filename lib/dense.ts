@@ -1,6 +1,6 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The dense part of a model as phases: queued where a layer names them, launched together when a stage needs the result.
-import { FKV_ADD, FKV_STORE, FKV_SWIGLU } from "../ffi/constants.ts";
+import { FKV_ADD, FKV_DECODE, FKV_STORE, FKV_SWIGLU } from "../ffi/constants.ts";
 import { pack, size } from "../ffi/structs.ts";
 import type { Device, DeviceBuffer, Stream } from "./device.ts";
 
@@ -88,6 +88,7 @@ export class DenseQueue implements Disposable {
       this.#phases,
       this.#queued,
       this.#rows,
+      FKV_DECODE,
       this.#scratch.address,
       this.#stream.handle,
     );

@@ -48,6 +48,8 @@ export interface DeviceOptions extends LibraryChoice {
   linkBytesPerSecond?: number | undefined;
   /** The twin's compute threads; 0 (default) is one per core. */
   threads?: number | undefined;
+  /** CUDA's: our kernels do as on a chip without clusters, cooperative launches and 200 KiB of shared memory, with the same bits. */
+  plain?: boolean | undefined;
 }
 
 export interface DeviceMemory {
@@ -134,6 +136,7 @@ export class Device implements Disposable, OnDevice {
       schedule_seed: options.scheduleSeed ?? 0,
       link_bytes_per_second: options.linkBytesPerSecond ?? 0,
       threads: options.threads ?? 0,
+      plain: options.plain ? 1 : 0,
     });
     const n = deviceCount(library);
     if (ordinal >= n) {
@@ -287,6 +290,7 @@ const checks: { readonly [K in keyof DeviceOptions]-?: readonly [(value: unknown
   ],
   libraryPath: [(value) => typeof value === "string" || value instanceof URL, "a path or a file URL"],
   debug: [(value) => typeof value === "boolean", "true or false"],
+  plain: [(value) => typeof value === "boolean", "true or false"],
   scheduleSeed: [
     (value) =>
       typeof value === "bigint"

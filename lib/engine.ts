@@ -264,8 +264,8 @@ export async function loadCore(
   const { policy, core } = resolveEngine(readConfig(dir), own);
   using checkpoint = openCheckpoint(dir);
   const tokenizer = await loadTokenizer(folderPath(dir)).catch((error: FreeKVError) => error);
-  const { device, libraryPath, debug, twin } = own;
-  const opened = Device.open({ device: device as "auto" | undefined, libraryPath, debug, ...twin });
+  const { device, libraryPath, debug, plain, twin } = own;
+  const opened = Device.open({ device: device as "auto" | undefined, libraryPath, debug, plain, ...twin });
   const task = { signal, onProgress };
   return { core: await Core.load(opened, checkpoint, { ...core, omitWait }, task), policy, tokenizer };
 }

@@ -57,6 +57,7 @@ const engineShape = {
   hostBytes: positive("hostBytes", Number.MAX_SAFE_INTEGER).optional(),
   libraryPath: z.union([z.string(), z.instanceof(URL)]).optional(),
   debug: z.boolean().optional(),
+  plain: z.boolean().optional(),
 };
 const generateShape = {
   maxTokens: positive("maxTokens").optional(),

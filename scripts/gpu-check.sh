@@ -7,10 +7,11 @@
 #              commander, @std/assert
 #     LIBRARY  a built libfreekv_cuda.so, or one packed as .xz; without it one is built for this GPU, which needs nvcc
 #   TESTS=words (default: all) which device tests run, SANITIZE=words (default: the kernel tests; "-": none) which of them under the
-#   sanitizers, TOOLS=names which sanitizers, LIMIT=seconds (default 300) for any one process.
+#   sanitizers, TOOLS=names which sanitizers, LIMIT=seconds (default 300) for any one process,
+#   DEVICE=cuda-plain for the launches of older chips.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-[ $# -ge 3 ] || { sed -n '2,11p' "${BASH_SOURCE[0]}"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,12p' "${BASH_SOURCE[0]}"; exit 2; }
 logs=$(mkdir -p "$1" && cd "$1" && pwd) bun=$2 modules=$3 library=${4:-} limit=${LIMIT:-300}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -43,10 +44,10 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 if [ -n "$library" ]; then mkdir -p dist/native/linux-x64 && unpack "$library" dist/native/linux-x64/libfreekv_cuda.so; fi
 step build timeout "$limit" "$bun" scripts/build.ts ptx $([ -n "$library" ] || echo cuda:here)
 
-step tests timeout "$limit" "$bun" scripts/test.ts --device cuda -v -j 4 ${TESTS:-}
+step tests timeout "$limit" "$bun" scripts/test.ts --device "${DEVICE:-cuda}" -v -j 4 ${TESTS:-}
 grep -E '^(ok  |FAIL|failed:|\(fail\)|[0-9]+ passed)' "$logs/tests.log"
 
-export -f sanitize; export logs bun work limit FREEKV_TEST_DEVICE=cuda
+export -f sanitize; export logs bun work limit FREEKV_TEST_DEVICE="${DEVICE:-cuda}"
 for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
   for word in ${SANITIZE:-append attention digests dense pages retrieval rope sample}; do
     find test -maxdepth 1 -name "$word*.test.ts" -printf "$tool %p\n"

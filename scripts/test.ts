@@ -4,8 +4,9 @@
 //   -v, --verbose    show all output of every file (a failing file's is shown anyway)
 //   -t, --name NAME  only tests whose name matches this regular expression
 //   -j, --jobs N     files at a time
-//       --device D   "cpu" (default: the twin) or "cuda": then only the files that open test/target.ts's device run, on the
-//                    first GPU, and what only the twin has is skipped and counted
+//       --device D   "cpu" (default: the twin), "cuda" or "cuda-plain": then only the files that open test/target.ts's device
+//                    run, on the first GPU (plain: with the launches of older chips), and what only the twin has is skipped and
+//                    counted
 
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
@@ -138,8 +139,8 @@ function jobsOf(words: readonly string[], device: string): Job[] {
 async function main(): Promise<number> {
   const { values, positionals: words } = readArguments();
   const { device } = values;
-  if (device !== "cpu" && device !== "cuda") {
-    say(`--device is cpu or cuda, not ${device}`);
+  if (!["cpu", "cuda", "cuda-plain"].includes(device)) {
+    say(`--device is cpu, cuda or cuda-plain, not ${device}`);
     return 2;
   }
   const jobs = jobsOf(words, device);

@@ -310,7 +310,7 @@ test("the chain refuses what it cannot run, and says which phase", { timeout: 30
     scratch = memory.address,
   ): void => {
     const phase = pack.fkv_phase({ ...good, ...changes });
-    rig.device.call("fkv_dense_chain", phase, 1, rows, scratch, rig.stream.handle);
+    rig.device.call("fkv_dense_chain", phase, 1, rows, 0, scratch, rig.stream.handle);
   };
   run({});
   rig.stream.synchronize();

@@ -6,7 +6,10 @@ import { Device, type DeviceOptions } from "../lib/device.ts";
 import type { EngineOptions } from "../lib/types.ts";
 
 /** Set by scripts/test.ts for its test processes; nothing else reads it. */
-export const target = (process.env.FREEKV_TEST_DEVICE ?? "cpu") as "cpu" | "cuda";
+const asked = process.env.FREEKV_TEST_DEVICE ?? "cpu";
+/** "cuda-plain" is the GPU with the launches of older chips. */
+const plain = asked === "cuda-plain";
+export const target: "cpu" | "cuda" = asked === "cpu" ? "cpu" : "cuda";
 export const onTwin: boolean = target === "cpu";
 
 /** For a test's `skip`, where it is about what only the twin has. */
@@ -22,7 +25,7 @@ export const seeds = (n: number): number[] => Array.from({ length: onTwin ? n : 
 export function openTarget(options: DeviceOptions = {}): Device {
   if (onTwin) return Device.open({ device: "cpu", ...options });
   const { libraryPath, debug } = options;
-  const device = Device.open({ device: target, libraryPath, debug });
+  const device = Device.open({ device: target, libraryPath, debug, plain });
   const stream = device.stream();
   const alloc = device.alloc.bind(device);
   device.alloc = (bytes) => {
@@ -36,5 +39,5 @@ export function openTarget(options: DeviceOptions = {}): Device {
 
 /** The same for an engine's options. */
 export function onTarget(options: EngineOptions): EngineOptions {
-  return onTwin ? { device: "cpu", ...options } : { device: target, ...options, twin: undefined };
+  return onTwin ? { device: "cpu", ...options } : { device: target, plain, ...options, twin: undefined };
 }

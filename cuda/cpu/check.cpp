@@ -32,6 +32,7 @@ FKV_VECTOR float mean_cosine(const float* q, const float* before, int32_t group,
 bool flagged(const fkv_cache& cache, const fkv_row& row, const fkv_lane& lane, const float* qkv, int32_t layer,
              int32_t row_index, int32_t head) {
   if (row.correction != FKV_CORRECT_THRESHOLD) return row.correction == FKV_CORRECT_EXACT;
+  if (cache.forced != nullptr && cache.forced->flagged > 0) return forced_flag(*cache.forced, row, layer, head);
   const float mean = mean_cosine(group_query(cache, qkv, row_index, head), group_query_before(cache, lane, layer, head),
                                  cache.n_q_heads / cache.n_kv_heads, cache.head_dim);
   return !(mean >= lane.tau[layer]);

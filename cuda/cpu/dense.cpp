@@ -54,9 +54,9 @@ extern "C" int32_t fkv_chain_scratch_bytes(uint64_t* bytes, int32_t n_rows, int3
   return FKV_OK;
 }
 
-extern "C" int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch,
-                                   fkv_stream* stream) {
-  if (const int32_t status = fkv::check_chain(phases, n_phases, n_rows, scratch, stream)) return status;
+extern "C" int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, int32_t family,
+                                   void* scratch, fkv_stream* stream) {
+  if (const int32_t status = fkv::check_chain(phases, n_phases, n_rows, family, scratch, stream)) return status;
   return fkv::launch(
       stream, "fkv_dense_chain",
       [phases = std::vector<fkv_phase>(phases, phases + n_phases), n_rows, scratch](fkv::Context& context) {

@@ -26,7 +26,8 @@ struct Unit {
   float* out;             // [n]
   int64_t n;              // candidates
   int64_t first_task;
-  int32_t head;
+  int32_t head, first_page;
+  int32_t position;       // of q
 };
 
 // raw[h][p] for the pages begin..end of `heads` query heads. max(q·min, q·max) is q times the end that q's sign picks,
@@ -144,7 +145,7 @@ FKV_INLINE float exponentiate(float* raw, int64_t n) {
 }
 
 // Pools the group's raw scores into unit.out.
-FKV_VECTOR void pool(const fkv_cache& cache, const Unit& unit) {
+FKV_VECTOR void pool(const fkv_cache& cache, const Unit& unit, int32_t layer) {
   const int32_t group = cache.n_q_heads / cache.n_kv_heads;
   const int64_t pitch = pad_lanes(unit.n);
   for (int32_t h = 0; h < group && cache.pooling == 0; ++h) {
@@ -158,6 +159,10 @@ FKV_VECTOR void pool(const fkv_cache& cache, const Unit& unit) {
     for (int32_t h = 0; h < group; ++h) sum += unit.raw[h * pitch + i];
     unit.out[i] = sum / static_cast<float>(group);
   }
+  const fkv_forced* forced = cache.forced;
+  if (forced == nullptr || forced->period <= 0) return;
+  for (int64_t i = 0; i < unit.n; ++i)
+    unit.out[i] = forced_score(*forced, unit.position, layer, unit.head, unit.first_page + static_cast<int32_t>(i));
 }
 
 // Digests are found by block: a page without one would be read from outside the pool.
@@ -186,7 +191,8 @@ std::vector<Unit> units_of(const fkv_cache& cache, const fkv_workspace& workspac
       required = true;
       const float* q =
           query == Query::current ? group_query(cache, qkv, i, h) : group_query_before(cache, *lane, layer, h);
-      units.push_back({q, blocks, nullptr, workspace.scores + miss_list(cache, i, h) * cache.max_pages, n, 0, h});
+      units.push_back({q, blocks, nullptr, workspace.scores + miss_list(cache, i, h) * cache.max_pages, n, 0, h,
+                       lane->sink_pages, query_position(row, query, stage)});
     }
   }
   return units;
@@ -220,7 +226,7 @@ void estimate_rows(Context& context, const fkv_cache& cache, const fkv_workspace
     }
   });
   context.parallel(static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pool(cache, units[i]);
+    for (int64_t i = begin; i < end; ++i) pool(cache, units[i], layer);
   });
 }
 

@@ -132,6 +132,10 @@ const engineFlags: readonly Flag[] = [
 const outputOptions = (): Option[] => [
   new Option("--json", "JSON lines on stdout, also for errors on stderr"),
   new Option("--quiet", "neither progress nor hints"),
+  new Option(
+    "--plain",
+    "CUDA without clusters and cooperative launches, as on older chips; the same answers",
+  ),
   new Option("--debug", "validate every call into the library; stacks of errors"),
 ];
 
@@ -140,6 +144,7 @@ export interface OutputFlags {
   json?: true;
   quiet?: true;
   debug?: true;
+  plain?: true;
 }
 /** What the command line gave for the flags of this table; commander's names are the options' own. */
 export type EngineFlags = OutputFlags & Record<string, unknown>;
@@ -178,5 +183,6 @@ export function engineOptions(given: EngineFlags): EngineOptions {
     if (given[key] !== undefined && !(key === "speculate" && given[key] === true)) options[key] = given[key];
   }
   if (given.debug) options.debug = true;
+  if (given.plain) options.plain = true;
   return parseEngineOptions(options);
 }

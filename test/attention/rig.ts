@@ -176,6 +176,7 @@ export class Rig implements Disposable {
       positions: null,
       flags: null,
       counters: null,
+      forced: null,
       ...changes,
     });
   }

@@ -50,7 +50,7 @@ const kinds: { readonly [N in keyof Calls]: KindsOf<Parameters<Calls[N]>> } = {
   fkv_clock_start: ["address", "address"],
   fkv_clock_stop: ["address", "address", "address"],
   fkv_embed: ["address", "address", "address", "i32", "i32", "i32", "i32", "address"],
-  fkv_dense_chain: ["memory", "i32", "i32", "null", "address"],
+  fkv_dense_chain: ["memory", "i32", "i32", "i32", "null", "address"],
   fkv_chain_scratch_bytes: ["memory", "i32", "i32", "i32"],
   fkv_rope: ["memory", "address"],
   fkv_control_load: ["memory", "address", "address", "i32", "i32", "address"],

@@ -108,7 +108,7 @@ export class DenseRig implements Disposable {
     const maxOut = Math.max(...phases.map((phase) => phase.nOut));
     this.device.call("fkv_chain_scratch_bytes", bytes, rows, maxK, maxOut);
     const scratch = this.alloc(Number(bytes[0])).address;
-    this.device.call("fkv_dense_chain", all, phases.length, rows, scratch, this.stream.handle);
+    this.device.call("fkv_dense_chain", all, phases.length, rows, 0, scratch, this.stream.handle);
   }
 
   [Symbol.dispose](): void {

@@ -110,6 +110,7 @@ export class SampleRig extends DenseRig {
       positions: null,
       flags: null,
       counters: this.#counters,
+      forced: null,
       ...changes.cache,
     });
     const params = pack.fkv_sample_params({

@@ -190,6 +190,7 @@ export class Rig extends Memory {
       positions: this.positions,
       flags: this.flags,
       counters: this.#counters,
+      forced: null,
     });
     this.now = this.#workspace();
     this.next = this.#workspace();
