@@ -1,7 +1,7 @@
 // How each runtime runs test files, and what its output says of them. All of them run the conformance tests.
 // Bun and Deno run the source; Node runs dist and the tests as tsc makes them, for it is Node 20 that must do.
 
-import { readdirSync } from "node:fs";
+import { existsSync, readdirSync } from "node:fs";
 import { basename, join } from "node:path";
 import { findProgram, root } from "./native.ts";
 
@@ -84,6 +84,7 @@ export const runtimes: readonly Runtime[] = [bun, deno, node];
 /** The binary in the npm package `deno`, whose install script, which would link it, is not run. */
 function findDeno(): string | undefined {
   const dir = join(root, "node_modules", "@deno");
+  if (!existsSync(dir)) return undefined;
   for (const each of readdirSync(dir)) {
     for (const file of ["deno", "deno.exe"]) {
       const path = join(dir, each, file);

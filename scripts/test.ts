@@ -104,9 +104,9 @@ function readArguments() {
   }
 }
 
-/** Whether a test file, or what it imports of test/, asks test/target.ts for its device. */
+/** Whether a test file, or what it imports of test/, asks a target.ts for its device. */
 function opensTarget(file: string, seen = new Set<string>()): boolean {
-  if (file === join(root, "test", "target.ts")) return true;
+  if (basename(file) === "target.ts") return true;
   if (seen.has(file) || !file.startsWith(join(root, "test")) || !existsSync(file)) return false;
   seen.add(file);
   const imports = readFileSync(file, "utf8").matchAll(/ from "(\.{1,2}\/[^"]+\.ts)"/g);
@@ -127,13 +127,11 @@ function jobsOf(words: readonly string[], device: string): Job[] {
     files: [join(root, file)],
     runtime: bun,
   }));
-  if (device !== "cpu") return jobs.filter((job) => job.files.every((file) => opensTarget(file)));
-  const files = filesOf("test/conformance").map((file) => join(root, file));
-  if (files.length === 0) return jobs;
-  return [
-    ...jobs,
-    ...runtimes.map((runtime) => ({ label: `conformance (${runtime.name})`, files, runtime })),
-  ];
+  const all = filesOf("test/conformance").map((file) => join(root, file));
+  const files = device === "cpu" ? all : all.filter((file) => opensTarget(file));
+  const own = device === "cpu" ? jobs : jobs.filter((job) => job.files.every((file) => opensTarget(file)));
+  if (files.length === 0) return own;
+  return [...own, ...runtimes.map((runtime) => ({ label: `conformance (${runtime.name})`, files, runtime }))];
 }
 
 async function main(): Promise<number> {

@@ -7,6 +7,7 @@ import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertMatch, assertRejects } from "@std/assert";
 import { demoModel, Engine, FreeKVError } from "freekv";
 import { root } from "./shared.ts";
+import { target } from "./target.ts";
 
 const timeout = 60_000;
 const dir = join(root, "test", "fixtures", "golden", "llama");
@@ -24,7 +25,7 @@ function expected(): number[][] {
 }
 
 test("decoding says what transformers says, at every token", { timeout }, async () => {
-  await using engine = await Engine.load(dir, { device: "cpu", policy: "full" });
+  await using engine = await Engine.load(dir, { device: target, policy: "full" });
   using sequence = await engine.prefill(tokens.slice(0, 1));
   const rows = expected();
   let i = 1;
@@ -37,7 +38,7 @@ test("decoding says what transformers says, at every token", { timeout }, async 
 });
 
 test("every orchestration of a retrieving policy gives the same tokens", { timeout }, async () => {
-  const small = { device: "cpu", pageSize: 16, budget: 64, sink: 16, window: 16 } as const;
+  const small = { device: target, pageSize: 16, budget: 64, sink: 16, window: 16 } as const;
   const found = new Set<string>();
   for (const options of [
     { orchestration: "captured" },
@@ -57,7 +58,7 @@ test("every orchestration of a retrieving policy gives the same tokens", { timeo
 });
 
 test("a generation can be left and aborted; a disposed engine says so", { timeout }, async () => {
-  await using engine = await Engine.load(dir, { device: "cpu" });
+  await using engine = await Engine.load(dir, { device: target });
   for await (const { id } of engine.generate(tokens, { ignoreEos: true })) {
     assert(id >= 0 && id < vocab);
     break;
@@ -86,7 +87,7 @@ test("the demo model answers with a word, the same under every orchestration", {
   const answers: string[] = [];
   for (const orchestration of ["captured", "host"] as const) {
     await using engine = await Engine.load(demoModel, {
-      ...{ device: "cpu", orchestration, budget: 512, sink: 64, window: 64 },
+      ...{ device: target, orchestration, budget: 512, sink: 64, window: 64 },
     });
     const tokens: number[] = [];
     let text = "";

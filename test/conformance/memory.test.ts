@@ -3,7 +3,8 @@
 
 import { test } from "node:test";
 import { assert, assertEquals, assertNotEquals } from "@std/assert";
-import { open, thrown } from "./shared.ts";
+import { thrown } from "./shared.ts";
+import { open } from "./target.ts";
 
 const timeout = 30_000;
 

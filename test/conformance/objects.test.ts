@@ -4,20 +4,27 @@
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertMatch, assertThrows } from "@std/assert";
 import * as cuda from "freekv/cuda";
-import { open, thrown } from "./shared.ts";
+import { thrown } from "./shared.ts";
+import { gpuOnly, open, target, twinOnly } from "./target.ts";
 
 const timeout = 30_000;
 
 test("a device tells what it is", { timeout }, () => {
   using device = open({ threads: 2 });
-  assertEquals([device.name, device.backend, device.fallback], ["cpu", "cpu", undefined]);
-  assert(cuda.Device.list().some((each) => each.device === "cpu" && each.libraryPath === device.libraryPath));
+  const name = target === "cpu" ? "cpu" : "cuda:0";
+  assertEquals([device.name, device.backend, device.fallback], [name, target, undefined]);
+  assert(cuda.Device.list().some((each) => each.device === name && each.libraryPath === device.libraryPath));
   const info = device.info();
-  assertEquals([info.computeCapability, info.multiprocessors], [null, 2]);
   assertGreater(info.totalBytes, 2 ** 28);
   assertGreater(info.model.length, 0);
   const limits = [info.maxThreadsPerBlock, info.sharedBytesPerBlock, info.warpSize, info.l2Bytes];
-  assertEquals(limits, [0, 0, 0, 0]);
+  if (target === "cpu") {
+    assertEquals([info.computeCapability, info.multiprocessors], [null, 2]);
+    assertEquals(limits, [0, 0, 0, 0]);
+  } else {
+    assertMatch(info.computeCapability ?? "", /^\d+\.\d$/);
+    assert(limits.every((limit) => limit >= 32));
+  }
   using there = device.alloc(1000);
   using host = device.pinned(4096);
   const { allocatedBytes, pinnedBytes } = device.memory();
@@ -174,7 +181,7 @@ test("structs are packed as C reads them", { timeout }, () => {
 
 const ptx = new TextEncoder().encode(".version 8.0\n.target sm_80\n.address_size 64\n");
 
-test("the twin refuses modules, and says why and what to do", { timeout }, () => {
+test("the twin refuses modules, and says why and what to do", { timeout, skip: twinOnly }, () => {
   for (const debug of [false, true]) {
     using device = open({ debug });
     for (const [call, use] of [
@@ -191,6 +198,46 @@ test("the twin refuses modules, and says why and what to do", { timeout }, () =>
     const text = thrown("BAD_ARGUMENT", () => cuda.Module.compile(device, "a\0b")).message;
     assertMatch(text, /source must be text without zero bytes/);
   }
+});
+
+const twice = `.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry twice(.param .u64 values, .param .u32 n) {
+  .reg .pred %p;
+  .reg .b32 %i, %n, %v;
+  .reg .b64 %at, %offset;
+  ld.param.u64 %at, [values];
+  ld.param.u32 %n, [n];
+  mov.u32 %i, %tid.x;
+  setp.ge.u32 %p, %i, %n;
+  @%p ret;
+  mul.wide.u32 %offset, %i, 4;
+  add.u64 %at, %at, %offset;
+  ld.global.u32 %v, [%at];
+  add.u32 %v, %v, %v;
+  st.global.u32 [%at], %v;
+  ret;
+}
+`;
+
+test("a kernel of one's own runs, by itself and in a graph", { timeout, skip: gpuOnly }, () => {
+  using device = open();
+  using stream = device.stream();
+  using host = device.pinned(4096);
+  using module = cuda.Module.load(device, new TextEncoder().encode(twice));
+  const kernel = module.kernel("twice", ["ptr", "u32"]);
+  const values = host.view(Int32Array, 0, 100).map((_, i) => i);
+  host.view(Int32Array, 0, 100).set(values);
+  const launch = (): void => kernel.launch({ grid: [1], block: [128], stream }, host, 99);
+  using graph = stream.capture(launch);
+  launch();
+  stream.launch(graph);
+  stream.synchronize();
+  assertEquals(
+    [...host.view(Int32Array, 0, 100)],
+    [...values.map((value) => (value < 99 ? 4 * value : value))],
+  );
 });
 
 test("a kernel's arguments have the types of its list", () => {
