@@ -1,336 +1,310 @@
-// chain.cu: the dense chain. Phases of few rows with aligned half-precision weights run as ONE launch of one block per
-// multiprocessor; everything else, and a phase that comes alone, runs as plain launches (gemm.cu), with the same bits.
+// chain.cu: the dense chain: phases of few rows with aligned half-precision weights as ONE launch of one block per
+// multiprocessor. Everything else runs as plain launches (gemm.cu), with the same bits.
 //
-// The launch: a warp owns O rows of W at a time and reads them through a ring of its own in shared memory, each lane
-// copying (cp.async) exactly the 16-byte pieces that it will multiply, so that a ring needs no barrier. It copies ahead
-// across the ends of phases, because W never changes: while blocks wait for each other, memory stays busy. x of all
-// rows lies in shared memory, whole or, where it is too long, in tiles of k that the block passes through together.
-// A phase ends with one counter that every block adds to, and that one thread of each block polls; the launch is
-// cooperative, so that all blocks are resident and the wait ends.
+// The launch: warp 8 fills a ring of stages (16 rows of W by 512 of k) and runs ahead across the ends of phases, because W
+// never changes. Warps 0 to 7 are the eight parts of every sum: each multiplies its own chunks of k and keeps its own
+// chunks of x in shared memory, so that they meet only to add parts up. Where x of all rows does not fit, the phase is split
+// into slices of k: see Phase. A phase ends with a counter that every block adds to and one thread of each block polls. A
+// normal launch will do: there are no more blocks than fit at once, chains of a device run on one stream, and what runs
+// beside them never waits for them.
 //
-// floor: the bytes of W at HBM read speed → a layer of Llama-3.1-8B (436 MB bf16) 130 us on an H100.
+// floor: the bytes of W at HBM read speed → a layer of Llama-3.1-8B (436 MB bf16) 140 us on an H100 that reads 3.12 TB/s. Eight
+// layers and the logits, measured there: 1 row 1.09 × the floor, 2 rows 1.17, 4 rows 1.22, 8 rows 1.34, 16 rows 1.83. What is
+// lost: 3 us to begin a launch, 2 to 3 us at the end of each phase (1 row; what the ring holds covers 5), and with more rows the
+// time to fetch x, which each multiprocessor needs whole.
 #include <algorithm>
+#include <vector>
 
-#include "dense.cuh"
+#include "chain_meet.cuh"
+#include "chain_x.cuh"
 
 namespace fkv {
 namespace {
 
 constexpr const char* kCall = "fkv_dense_chain";
-constexpr int kChainThreads = kRowThreads, kChainWarps = kRowWarps;
-constexpr int kMaxPhases = 16;   // of one launch
-constexpr int kMaxChainRows = 8;
-constexpr uint64_t kCounterBytes = 256;  // at the start of scratch: phases done, one counter each
-constexpr int kPieceBytes = 16, kRowStepBytes = kWarp * kPieceBytes;
-// Ring and x together: what side kernels of up to 33 KiB fit beside on one multiprocessor.
+constexpr int kChainThreads = kPartsThreads + kWarp;
+// Side kernels of up to 33 KiB fit beside it on one multiprocessor.
 constexpr int kSharedBytes = 192 * 1024;
+// More of x than this is not kept: the ring is worth more.
+constexpr int64_t kWholeBytes = 72 * 1024;
+constexpr int64_t kPartialBytes = 8 << 20;  // of a split phase; more rows of W become phases of their own
 
-struct Phase {
-  const char* weight;
-  const void* norm;
-  const float* x;
-  int64_t x_stride;
-  Output to;
-  int32_t k;
-  float eps;
-};
-struct Chain {
-  Phase phases[kMaxPhases];
-  unsigned* done;
-  int32_t n_phases, n_rows;
-};
-static_assert(sizeof(Chain) <= 4096);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// How R rows of x divide shared memory, and how many rows of W a warp takes: enough for x's values, read once per unit,
-// not to be what shared memory is busy with; few enough for units to spread evenly.
-template <int R>
-struct Shape {
-  static constexpr int kOuts = R <= 2 ? 2 : 4;
-  static constexpr int kXBytes = (R == 8 ? 128 : 64) * 1024;
-  static constexpr int kTileSteps = kXBytes / (R * kStepVectors * 16);
-  static constexpr int kStepBytes = kOuts * kRowStepBytes;
-  static constexpr int kDepth = (kSharedBytes - kXBytes) / kChainWarps / kStepBytes;  // steps in a warp's ring
-  static_assert(kDepth >= 4 && (kDepth & (kDepth - 1)) == 0);
-};
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {  // the rest of 16 are zeros
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Pending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-
-// The steps of W that a warp multiplies, in order: of every phase, of its units, along k. A unit is kOuts rows of W.
-// Warps of one index follow each other over the blocks, so that every multiprocessor has its share of the last units.
-template <int R>
-class Feed {
- public:
-  __device__ __forceinline__ Feed(const Chain& chain, char* ring) : chain_(chain), ring_(ring) {
-    enter_phases();
+// This warp's part of one slice of 16 rows of W, as its stages come. x: where this lane's values start.
+template <class T, int N>
+__device__ __forceinline__ void multiply_slice(Part<N>& part, const Ring& ring, RingPlace& place, const float* x, int32_t pitch,
+                                               int32_t n_rows, int32_t length) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll 1
-    for (int i = 0; i < Shape<R>::kDepth - 1; ++i) issue();
-  }
-
-  // Starts copying the next step, if any is left, into the slot after the last one filled.
-  __device__ __forceinline__ void issue() {
-    if (phase_ < chain_.n_phases) {
-      const int lane = threadIdx.x % kWarp;
-      const int64_t at = int64_t{step_} * kStep + lane * 8;
-      const bool inside = at < k_;
-      char* slot = ring_ + slot_ * Shape<R>::kStepBytes + lane * kPieceBytes;
+  for (int32_t at = 0; at < length; at += kStageK) {
+    float v[kStageChunks][N][8] = {};
+    Piece<T> upper[kStageChunks], lower[kStageChunks];
 #pragma unroll
-      for (int o = 0; o < Shape<R>::kOuts; ++o)
-        copy_async(slot + o * kRowStepBytes, rows_[o] + (inside ? at * 2 : 0), inside ? kPieceBytes : 0);
-      if (++step_ == steps_) {
-        unit_ += n_warps();
-        if (unit_ < units_)
-          enter_unit();
-        else {
-          ++phase_;
-          enter_phases();
+    for (int c = 0; c < kStageChunks; ++c) {
+      const int32_t chunk = at + (warp + c * kParts) * kChunk;
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (g + n * kTileRows < n_rows && chunk < length) {
+          const float* from = x + n * kTileRows * pitch + chunk;
+          *reinterpret_cast<float4*>(v[c][n]) = *reinterpret_cast<const float4*>(from);
+          *reinterpret_cast<float4*>(v[c][n] + 4) = *reinterpret_cast<const float4*>(from + 4);
         }
+    }
+    Ring::wait(ring.full + place.stage, place.parity);
+    const char* from = ring.stages + place.stage * kStageBytes + g * kStagePitch + warp * (kChunk * 2) + t * 16;
+#pragma unroll
+    for (int c = 0; c < kStageChunks; ++c) {
+      upper[c].bits = lower[c].bits = make_uint4(0, 0, 0, 0);
+      if (at + (warp + c * kParts) * kChunk + t * 8 < length) {
+        upper[c].bits = *reinterpret_cast<const uint4*>(from + c * (kParts * kChunk * 2));
+        lower[c].bits = *reinterpret_cast<const uint4*>(from + c * (kParts * kChunk * 2) + 8 * kStagePitch);
       }
     }
-    commit_copies();  // an empty group where nothing is left: the count of groups is the count of steps
-    slot_ = (slot_ + 1) % Shape<R>::kDepth;
-  }
-
-  static __device__ __forceinline__ int32_t first_unit() {
-    return static_cast<int32_t>(threadIdx.x / kWarp * gridDim.x + blockIdx.x);
-  }
-  static __device__ __forceinline__ int32_t n_warps() { return static_cast<int32_t>(kChainWarps * gridDim.x); }
-  static __device__ __forceinline__ int32_t units_of(const Phase& phase) {
-    return (phase.to.n_out - 1) / Shape<R>::kOuts + 1;
-  }
-
- private:
-  // From phase_ on, the first in which this warp has a unit.
-  __device__ __forceinline__ void enter_phases() {
-    unit_ = first_unit();
-    while (phase_ < chain_.n_phases && unit_ >= units_of(chain_.phases[phase_])) ++phase_;
-    if (phase_ == chain_.n_phases) return;
-    units_ = units_of(chain_.phases[phase_]);
-    k_ = chain_.phases[phase_].k;
-    steps_ = steps_of(k_);
-    enter_unit();
-  }
-  __device__ __forceinline__ void enter_unit() {
-    const Phase& phase = chain_.phases[phase_];
-    step_ = 0;
+    __syncwarp();
+    if (lane == 0) Ring::arrive(ring.empty + place.stage);
+    place.advance(ring);
 #pragma unroll
-    for (int o = 0; o < Shape<R>::kOuts; ++o) {  // past the last row, that row again: its sums are dropped
-      const int32_t row = min(unit_ * Shape<R>::kOuts + o, phase.to.n_out - 1);
-      rows_[o] = phase.weight + int64_t{row} * phase.k * 2;
-    }
-  }
-
-  const Chain& chain_;
-  char* ring_;
-  const char* rows_[Shape<R>::kOuts];
-  int32_t phase_ = 0, unit_ = 0, units_ = 0, step_ = 0, steps_ = 0, k_ = 0, slot_ = 0;
-};
-
-template <class T>
-struct alignas(8) Quad {
-  T v[4];
-};
-
-// Steps first .. end − 1 of the rows of x into shared memory, normalised where the phase has a norm; zeros past k and
-// n_rows.
-template <class T, int R>
-__device__ __forceinline__ void load_x(float4* out, const Phase& phase, int32_t n_rows, const float (&factors)[R],
-                                       int32_t first, int32_t end) {
-  const int32_t vectors = (end - first) * kStepVectors;
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const float* x = phase.x + r * phase.x_stride;
-    float4* row = out + r * Shape<R>::kTileSteps * kStepVectors;
-#pragma unroll 1
-    for (int32_t i0 = threadIdx.x; i0 < vectors; i0 += kAhead * kChainThreads) {
-      float4 v[kAhead];  // all in flight before the first is used
-      Quad<T> norm[kAhead] = {};
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int32_t i = i0 + j * kChainThreads;
-        const int64_t at = (int64_t{first} * kStepVectors + i) * 4;
-        const bool inside = i < vectors && r < n_rows && at < phase.k;
-        v[j] = load_x4(x, inside ? at : phase.k, phase.k, true);
-        if (inside && phase.norm != nullptr) norm[j] = static_cast<const Quad<T>*>(phase.norm)[at / 4];
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int32_t i = i0 + j * kChainThreads;
-        if (phase.norm != nullptr) {
-          v[j].x = v[j].x * factors[r] * to_f32(norm[j].v[0]);
-          v[j].y = v[j].y * factors[r] * to_f32(norm[j].v[1]);
-          v[j].z = v[j].z * factors[r] * to_f32(norm[j].v[2]);
-          v[j].w = v[j].w * factors[r] * to_f32(norm[j].v[3]);
-        }
-        if (i < vectors) row[place_of(i)] = v[j];
-      }
-    }
+    for (int c = 0; c < kStageChunks; ++c) part.add(upper[c], lower[c], v[c]);
   }
 }
 
-// Asks L2 for what a phase needs beside W and x, while it waits for the phase before.
-template <class T>
-__device__ __forceinline__ void prefetch_norm(const Phase& phase) {
-  constexpr int kLine = 128 / sizeof(T);
-  if (phase.norm == nullptr) return;
-  for (int64_t at = int64_t{threadIdx.x} * kLine; at < phase.k; at += kChainThreads * kLine)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(phase.norm) + at));
-}
-
-// 128 registers a thread at most: a side kernel of 128 × 256 fits beside.
-template <class T, int R>
-__global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_constant__ Chain chain) {
-  typedef Shape<R> S;
-  extern __shared__ __align__(128) char memory[];
-  __shared__ float shared[R * kRowWarps];
+// The block's units of one phase.
+template <class T, int N>
+__device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& phase, const Run& run, const Ring& ring,
+                                               RingPlace& place, int& buffer, char* memory) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float4* x_tile = reinterpret_cast<float4*>(memory);
-  char* ring = memory + S::kXBytes + warp * (S::kDepth * S::kStepBytes);
-  const float4* x[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) x[r] = x_tile + r * S::kTileSteps * kStepVectors + lane;
+  const int32_t n_rows = chain.n_rows, part_floats = n_rows * kPartPitch;
+  const int32_t row = threadIdx.x / kTileOuts, place_out = threadIdx.x % kTileOuts;
+  const bool adds = warp * kWarp < n_rows * kTileOuts;  // some lane of this warp has an output
+  float* x = reinterpret_cast<float*>(memory);
+  T* norm = reinterpret_cast<T*>(memory + chain.norm_at);
+  float* const first_squares = reinterpret_cast<float*>(memory + chain.squares_at);
+  float* squares = first_squares;
+  float* parts = reinterpret_cast<float*>(memory + chain.parts_at);
+  const int32_t pitch = x_pitch(phase.split ? kSlice : phase.k);
+  const float* own_x = x + lane / 4 * pitch + lane % 4 * 8;
+  int32_t loaded = -1;  // start of what of x is here
+  float factor = 1.0f;
+#pragma unroll 1
+  for (int32_t u = run.begin; u < run.end; u += run.step) {
+    const Unit unit = phase.unit(u);
+    const bool fresh = unit.first != loaded;
+    if (fresh) {
+      // The other of two places: a slower warp may still read what the unit before left.
+      if (phase.split) squares = first_squares + unit.first / kSlice % 2 * kParts * n_rows;
+      load_x<T>(x, pitch, norm, squares, phase, n_rows, unit.first, unit.end);
+      loaded = unit.first;
+    }
+    const Ending<T> ending(phase.to, phase.split ? n_rows : row, unit.tile * kTileOuts + place_out);
+    float total = 0.0f;
+#pragma unroll 1
+    for (int32_t slice = unit.first; slice < unit.end; slice += kSlice) {
+      Part<N> part;
+      multiply_slice<T, N>(part, ring, place, own_x + (slice - unit.first), pitch, n_rows, min(kSlice, unit.end - slice));
+      float* mine = parts + buffer * (kParts * part_floats);
+      part.write(mine + warp * part_floats, n_rows);
+      sync_parts();
+      if (adds) {
+        const float sum = sum_parts(mine + row * kPartPitch + place_out, part_floats);
+        if (!phase.split) {
+          total += sum;
+        } else if (row < n_rows) {
+          const int64_t tile = static_cast<int64_t>(slice / kSlice) * phase.tiles() + unit.tile;
+          __stcg(chain.partials + tile * (n_rows * kTileOuts) + threadIdx.x, sum);
+        }
+      }
+      buffer ^= 1;
+    }
+    if (phase.norm != nullptr && fresh && adds && row < n_rows) {
+      float all = 0.0f;
+      for (int32_t s = 0; s < slices_of(unit.end - unit.first); ++s)
+        all += sum_parts(squares + s * kParts * n_rows + row, n_rows);
+      if (!phase.split)
+        factor = norm_factor(all, phase.k, phase.eps);
+      else if (place_out == 0)
+        __stcg(chain.squares + unit.first / kSlice * n_rows + row, all);  // of whichever block: the same
+    }
+    if (!phase.split && adds) ending.end(phase.to, total, factor);
+  }
+}
 
-  Feed<R> feed(chain, ring);
-  int slot = 0;
+// At most 104 registers a thread, where N is 1: a side kernel of 128 × 256 fits beside.
+template <class T, int N>
+__global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_constant__ Chain chain) {
+  extern __shared__ __align__(128) char memory[];
+  Ring ring;
+  ring.full = reinterpret_cast<uint64_t*>(memory + chain.barriers_at);
+  ring.empty = ring.full + kMaxStages;
+  ring.stages = memory + chain.ring_at;
+  ring.n_stages = chain.n_stages;
+  if (threadIdx.x == kPartsThreads) ring.begin();
+  __syncthreads();
+  if (threadIdx.x >= kPartsThreads) {
+    if (chain.multiplies) fill_ring(ring, chain);
+    return;
+  }
+  RingPlace place;
+  int32_t dealt = 0;
+  int buffer = 0, meetings = 0;
+#pragma unroll 1
   for (int32_t p = 0; p < chain.n_phases; ++p) {
     const Phase& phase = chain.phases[p];
-    prefetch_norm<T>(phase);
-    if (p > 0 && threadIdx.x == 0) {
-      unsigned arrived;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(chain.done + p - 1) : "memory");
-      } while (arrived < gridDim.x);
+    if (p > 0) {
+      prefetch_norm<T>(phase);
+      meet(chain.done + meetings++);
     }
-    __syncthreads();
-    float factors[R];
-    if (phase.norm != nullptr)
-      row_factors<R>(factors, phase.x, phase.x_stride, chain.n_rows, phase.k, phase.eps, true, shared);
-    const int32_t steps = steps_of(phase.k), units = Feed<R>::units_of(phase);
-    // Every warp goes through as many rounds as the first, to meet the others where x comes in tiles.
-    for (int32_t round = 0, unit = Feed<R>::first_unit(); round * Feed<R>::n_warps() < units;
-         ++round, unit += Feed<R>::n_warps()) {
-      const bool works = unit < units;
-      Ending<T, R, S::kOuts> ending;
-      if (works) ending.begin(phase.to, 0, unit * S::kOuts);
-      float sums[R * S::kOuts] = {};
-      for (int32_t first = 0; first < steps; first += S::kTileSteps) {
-        const int32_t end = min(steps, first + S::kTileSteps);
-        if (round == 0 || steps > S::kTileSteps) {
-          __syncthreads();  // the tile before has been read
-          load_x<T, R>(x_tile, phase, chain.n_rows, factors, first, end);
-          __syncthreads();
-        }
-        if (!works) continue;
-#pragma unroll 1
-        for (int32_t step = first; step < end; ++step) {
-          wait_copies<S::kDepth - 2>();
-          Piece<T> w[S::kOuts];
-          const char* from = ring + slot * S::kStepBytes + lane * kPieceBytes;
-#pragma unroll
-          for (int o = 0; o < S::kOuts; ++o) w[o].bits = *reinterpret_cast<const uint4*>(from + o * kRowStepBytes);
-          accumulate<T, R, S::kOuts>(sums, w, x, int64_t{step - first} * kStepVectors);
-          feed.issue();  // into the slot read one step ago
-          slot = (slot + 1) % S::kDepth;
-        }
-      }
-      if (works) ending.end(sums, phase.to, 0, unit * S::kOuts);
+    if (chain.multiplies) {
+      const Run run = deal(phase.units(), !phase.split, dealt);
+      multiply_phase<T, N>(chain, phase, run, ring, place, buffer, memory);
     }
-    if (p + 1 == chain.n_phases) break;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(chain.done + p) : "memory");
-    }
+    if (!phase.split) continue;
+    if (chain.multiplies && chain.finishes) meet(chain.done + meetings++);
+    if (chain.finishes) finish_phase<T>(chain, phase, memory);
   }
+  if (meetings > 0 && threadIdx.x == 0) leave(chain.done, meetings);
 }
 
-template <class T, int R>
-int32_t launch_chain(const Chain& chain, fkv_stream* stream) {
+#else
+
+template <class T, int N>
+__global__ void dense_chain(const __grid_constant__ Chain) {
+  __trap();  // never launched there: see chains()
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t align(int64_t bytes) { return divide_up(bytes, 128) * 128; }
+
+// Divides shared memory.
+void place(Chain& chain) {
+  int64_t x = 0, norm = 0, squares = 0;
+  for (int32_t p = 0; p < chain.n_phases; ++p) {
+    const Phase& phase = chain.phases[p];
+    const int64_t slices = phase.split ? 2 : slices_of(phase.k);
+    x = std::max<int64_t>(x, 4LL * chain.n_rows * x_pitch(phase.split ? kSlice : phase.k));
+    if (phase.norm != nullptr) norm = std::max<int64_t>(norm, 2LL * std::min(phase.k, phase.split ? kSlice : phase.k));
+    squares = std::max<int64_t>(squares, 4LL * chain.n_rows * kParts * slices);
+  }
+  chain.norm_at = static_cast<int32_t>(align(x));
+  chain.squares_at = static_cast<int32_t>(chain.norm_at + align(norm));
+  chain.parts_at = static_cast<int32_t>(chain.squares_at + align(squares));
+  // One row more than there is may be read, and is dropped.
+  chain.barriers_at = static_cast<int32_t>(chain.parts_at + align(4LL * kPartPitch * (2 * kParts * chain.n_rows + 1)));
+  chain.ring_at = static_cast<int32_t>(chain.barriers_at + align(2 * kMaxStages * sizeof(uint64_t)));
+  chain.n_stages = std::min(kMaxStages, (kSharedBytes - chain.ring_at) / kStageBytes);
+}
+
+template <class T, int N>
+int32_t launch(const Chain& chain, fkv_stream* stream) {
   int64_t most = 1;
-  for (int32_t p = 0; p < chain.n_phases; ++p)
-    most = std::max(most, divide_up(divide_up(chain.phases[p].to.n_out, Shape<R>::kOuts), kChainWarps));
-  if (const int32_t status = allow_shared(stream, kCall, dense_chain<T, R>, kSharedBytes)) return status;
-  cudaLaunchAttribute cooperative;
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(
-      std::min<int64_t>(most, stream->device->properties.multiProcessorCount)));
-  config.blockDim = dim3(kChainThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream->handle;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  return status_of(stream->device, cudaLaunchKernelEx(&config, dense_chain<T, R>, chain), kCall);
+  for (int32_t p = 0; p < chain.n_phases; ++p) {
+    const Phase& phase = chain.phases[p];
+    most = std::max(most, int64_t{tiles_of(phase.to.n_out)} * (phase.split ? slices_of(phase.k) : 1));
+  }
+  if (const int32_t status = side_kernel(stream, kCall, dense_chain<T, N>, kSharedBytes)) return status;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, stream->device->properties.multiProcessorCount));
+  dense_chain<T, N><<<blocks, kChainThreads, kSharedBytes, stream->handle>>>(chain);
+  return launched(stream, kCall);
 }
 
-template <class T>
-int32_t launch_chain(const Chain& chain, fkv_stream* stream) {
-  if (chain.n_rows == 1) return launch_chain<T, 1>(chain, stream);
-  if (chain.n_rows == 2) return launch_chain<T, 2>(chain, stream);
-  if (chain.n_rows <= 4) return launch_chain<T, 4>(chain, stream);
-  return launch_chain<T, 8>(chain, stream);
+int32_t launch(Chain& chain, int32_t dtype, fkv_stream* stream) {
+  place(chain);
+  const bool wide = chain.n_rows > kTileRows;
+  if (dtype == FKV_BF16)
+    return wide ? launch<__nv_bfloat16, 2>(chain, stream) : launch<__nv_bfloat16, 1>(chain, stream);
+  return wide ? launch<__half, 2>(chain, stream) : launch<__half, 1>(chain, stream);
 }
 
-// Whether rows of x and of y share memory: then some blocks would still read what others write.
-bool overlap(const fkv_phase& phase, int32_t n_rows) {
-  const int64_t y_width = phase.epilogue == FKV_SWIGLU ? phase.n_out / 2 : phase.n_out;
-  const uintptr_t x = reinterpret_cast<uintptr_t>(phase.x), y = reinterpret_cast<uintptr_t>(phase.y);
-  const uintptr_t x_end = x + 4 * static_cast<uintptr_t>((n_rows - 1) * phase.x_stride + phase.k);
-  const uintptr_t y_end = y + 4 * static_cast<uintptr_t>((n_rows - 1) * phase.y_stride + y_width);
+// Whether memory of rows [n_rows][width], `stride` floats apart, and of others overlaps.
+bool overlap(const float* a, int64_t a_stride, int64_t a_width, const float* b, int64_t b_stride, int64_t b_width,
+             int32_t n_rows) {
+  const uintptr_t x = reinterpret_cast<uintptr_t>(a), y = reinterpret_cast<uintptr_t>(b);
+  const uintptr_t x_end = x + 4 * static_cast<uintptr_t>((n_rows - 1) * a_stride + a_width);
+  const uintptr_t y_end = y + 4 * static_cast<uintptr_t>((n_rows - 1) * b_stride + b_width);
   return x < y_end && y < x_end;
+}
+
+// Splits a phase's partial sums to what scratch holds.
+int64_t most_tiles(int32_t k, int32_t n_rows) {
+  return std::max<int64_t>(1, kPartialBytes / (4LL * slices_of(k) * n_rows * kTileOuts));
 }
 
 }  // namespace
 
+uint64_t decode_scratch_bytes(int32_t n_rows, int32_t max_k, int32_t max_out) {
+  const int32_t rows = std::min(n_rows, kMaxChainRows);
+  const int64_t slices = slices_of(max_k);
+  const int64_t chain = align(4 * slices * rows) + std::min(kPartialBytes, 4 * slices * tiles_of(max_out) * rows * kTileOuts);
+  return std::max<uint64_t>(chain, laid_out_bytes(n_rows, max_k));
+}
+
 bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv_stream* stream) {
   const cudaDeviceProp& device = stream->device->properties;
-  if (stream->device->plain || n_phases < 2 || n_rows > kMaxChainRows || !device.cooperativeLaunch) return false;
-  if (device.sharedMemPerBlockOptin < kSharedBytes + 1024) return false;
+  if (stream->device->plain || device.major < 9 || device.sharedMemPerBlockOptin < kSharedBytes) return false;
+  if (n_rows > kMaxChainRows) return false;
   for (int32_t i = 0; i < n_phases; ++i) {
     const fkv_phase& phase = phases[i];
     if (phase.dtype == FKV_F32 || phase.dtype != phases[0].dtype || phase.k % 8 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.weight) % 16 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.norm) % 8 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.x) % 16 != 0 || phase.x_stride % 4 != 0) return false;
-    if (overlap(phase, n_rows)) return false;
+    // Some blocks would still read what others write.
+    const int64_t width = phase.epilogue == FKV_SWIGLU ? phase.n_out / 2 : phase.n_out;
+    if (overlap(phase.x, phase.x_stride, phase.k, phase.y, phase.y_stride, width, n_rows)) return false;
   }
   return true;
 }
 
 int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch, fkv_stream* stream) {
-  for (int32_t first = 0; first < n_phases; first += kMaxPhases) {
-    Chain chain = {};
-    chain.done = static_cast<unsigned*>(scratch);
-    chain.n_phases = std::min(n_phases - first, kMaxPhases);
-    chain.n_rows = n_rows;
-    for (int32_t i = 0; i < chain.n_phases; ++i) {
-      const fkv_phase& from = phases[first + i];
-      chain.phases[i] = {static_cast<const char*>(from.weight),
-                         from.norm,
-                         from.x,
-                         from.x_stride,
-                         {from.bias, from.y, from.y_stride, n_rows, from.n_out, from.epilogue},
-                         from.k,
-                         from.eps};
+  std::vector<Phase> list;
+  int64_t slices = 1;
+  for (int32_t i = 0; i < n_phases; ++i) {
+    const fkv_phase& from = phases[i];
+    const bool split = 4LL * n_rows * x_pitch(from.k) > kWholeBytes && slices_of(from.k) > 1;
+    const auto step = static_cast<int32_t>(
+        split ? std::min<int64_t>(from.n_out, most_tiles(from.k, n_rows) * kTileOuts) : from.n_out);
+    const int64_t size = 2;
+    for (int32_t out = 0; out < from.n_out; out += step) {
+      Phase phase = {};
+      phase.weight = static_cast<const char*>(from.weight) + size * from.k * out;
+      phase.norm = from.norm;
+      phase.x = from.x;
+      phase.x_stride = from.x_stride;
+      phase.to = {from.bias == nullptr ? nullptr : static_cast<const char*>(from.bias) + size * out,
+                  from.y + (from.epilogue == FKV_SWIGLU ? out / 2 : out),
+                  from.y_stride,
+                  n_rows,
+                  std::min(step, from.n_out - out),
+                  from.epilogue};
+      phase.k = from.k;
+      phase.eps = from.eps;
+      phase.split = split;
+      list.push_back(phase);
     }
-    if (const int32_t status =
-            status_of(stream->device, cudaMemsetAsync(scratch, 0, kCounterBytes, stream->handle), kCall))
-      return status;
-    const int32_t status = phases[0].dtype == FKV_BF16 ? launch_chain<__nv_bfloat16>(chain, stream)
-                                                       : launch_chain<__half>(chain, stream);
-    if (status != FKV_OK) return status;
+    slices = std::max<int64_t>(slices, slices_of(from.k));
+  }
+  Chain chain = {};
+  chain.done = static_cast<unsigned*>(scratch);
+  chain.squares = reinterpret_cast<float*>(static_cast<char*>(scratch) + kHeadBytes);
+  chain.partials = chain.squares + align(4 * slices * n_rows) / 4;
+  chain.n_rows = n_rows;
+  for (size_t first = 0; first < list.size(); first += kMaxPhases) {
+    chain.n_phases = static_cast<int32_t>(std::min<size_t>(list.size() - first, kMaxPhases));
+    std::copy_n(list.begin() + static_cast<int64_t>(first), chain.n_phases, chain.phases);
+    // A phase that comes alone is never waited in: its caller may share the device with launches that we do not know.
+    const bool apart = chain.n_phases == 1 && chain.phases[0].split;
+    chain.multiplies = true;
+    chain.finishes = !apart;
+    if (const int32_t status = launch(chain, phases[0].dtype, stream)) return status;
+    if (!apart) continue;
+    chain.multiplies = false;
+    chain.finishes = true;
+    if (const int32_t status = launch(chain, phases[0].dtype, stream)) return status;
   }
   return FKV_OK;
 }
-
-uint64_t chain_scratch_bytes() { return kCounterBytes; }
 
 }  // namespace fkv

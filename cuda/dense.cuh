@@ -1,102 +1,140 @@
-// dense.cuh: the one order in which every kernel of the dense part sums, so that a row has the same bits alone, in any
+// dense.cuh: the one order in which every kernel of the DECODE family sums, so that a row has the same bits alone, in any
 // batch, as one phase of a chain or as a launch of its own.
 //
-// A sum over k: lane j of a warp takes values 8j .. 8j+7 of every step of 256, ascending, by fused multiply-adds into
-// one f32, then the lanes' sums meet in the tree 16, 8, 4, 2, 1. Values past k count as zeros. A warp works at R rows
-// of x and O rows of W at a time; R and O decide how often a value is loaded, never the order.
+// A sum over k falls into slices of 2048 values. Of a slice, chunk c of 32 values belongs to part c mod 8, and a part is
+// summed by tensor cores, chunks ascending: x is taken as the sum of two tf32 numbers (23 bits), so that a part is two
+// chains of f32 accumulators, one of W·high and one of W·low. A slice is its parts, ascending; the sum is the slices,
+// ascending. Values past k count as zeros. How many rows of x go side by side decides how often W is read, never the
+// order: tensor cores compute each column for itself.
+//
+// Tensor cores because multiply-adds would bind from 4 rows on: at HBM speed an H100's multiprocessor gets 7.4 values of W
+// a clock and has 128 multiply-adds, which also unpack W and fetch x. Here 8 rows cost what 1 row costs: reading W.
 #pragma once
 #include "common.cuh"
 
 namespace fkv {
 
-constexpr int kStep = 256;        // values of k that a warp takes at a time
-constexpr int kStepVectors = 64;  // float4s of a row of x in one step
+constexpr int kSlice = 2048, kChunk = 32, kParts = 8;
+constexpr int kTileOuts = 16, kTileRows = 8;  // of the tensor cores' tile: rows of W by rows of x
+constexpr int kPartsThreads = kParts * kWarp;
 
-__host__ __device__ constexpr int32_t steps_of(int32_t k) { return k / kStep + (k % kStep != 0); }
+__host__ __device__ constexpr int32_t slices_of(int32_t k) { return (k - 1) / kSlice + 1; }
+__host__ __device__ constexpr int32_t tiles_of(int32_t n_out) { return (n_out - 1) / kTileOuts + 1; }
 
-// Rows of x lie in steps of [2][32 lanes][4]: value 8·lane + 4·half + i of a step at [half][lane][i], so that a warp
-// reads 512 consecutive bytes. Where float4 `vector` of a row goes, in float4s:
-__device__ __forceinline__ int64_t place_of(int64_t vector) {
-  return (vector & ~int64_t{63}) | (vector & 1) << 5 | (vector & 63) >> 1;
-}
-
-// ---- eight stored values of one row of W ----
+// ---- eight consecutive values of a row of W, as tf32 ----
 
 template <class T>
 struct Piece {
   uint4 bits;
-  // Values 4·half .. 4·half + 3.
-  __device__ __forceinline__ void widen(float (&out)[4], int half) const {
-    const uint32_t words[2] = {half ? bits.z : bits.x, half ? bits.w : bits.y};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (Stored<T>::kDtype == FKV_BF16) {
-        out[2 * i] = __uint_as_float(words[i] << 16);
-        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-      } else {
-        out[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] & 0xffffu)));
-        out[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
-      }
+  static constexpr bool kExact = true;  // in one tf32 number
+  // Values 2i and 2i + 1.
+  __device__ __forceinline__ void pair(int i, uint32_t (&out)[2]) const {
+    const uint32_t word = i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
+    if constexpr (Stored<T>::kDtype == FKV_BF16) {
+      out[0] = word << 16;
+      out[1] = word & 0xffff0000u;
+    } else {
+      out[0] = __float_as_uint(__half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu))));
+      out[1] = __float_as_uint(__half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16))));
     }
   }
 };
 template <>
 struct Piece<float> {
-  float4 halves[2];
-  __device__ __forceinline__ void widen(float (&out)[4], int half) const {
-    const float4 v = half ? halves[1] : halves[0];
-    out[0] = v.x;
-    out[1] = v.y;
-    out[2] = v.z;
-    out[3] = v.w;
+  float v[8];
+  static constexpr bool kExact = false;
+  __device__ __forceinline__ void pair(int i, uint32_t (&out)[2]) const {
+    out[0] = __float_as_uint(v[2 * i]);
+    out[1] = __float_as_uint(v[2 * i + 1]);
   }
 };
 
-// Adds one step to sums[r·O + o], which stay in registers. x: this lane's first vector of the step in each row.
-template <class T, int R, int O>
-__device__ __forceinline__ void accumulate(float (&sums)[R * O], const Piece<T> (&w)[O], const float4* const (&x)[R],
-                                           int64_t offset) {
+// value = high + low, up to 2^-23 of it. Tensor cores ignore the lower 13 bits of a tf32 number.
+__device__ __forceinline__ uint32_t high_of(uint32_t value) { return value & 0xffffe000u; }
+__device__ __forceinline__ uint32_t low_of(uint32_t value, uint32_t high) {
+  return __float_as_uint(__uint_as_float(value) - __uint_as_float(high)) + 0x1000u;
+}
+
+// sums [16 rows of W][8 rows of x] += W [16][8 of k] · x [8 of k][8].
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&w)[4], uint32_t x0, uint32_t x1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x0), "r"(x1));
+}
+
+// ---- one part of one slice: 16 rows of W by N · 8 rows of x, in one warp ----
+// Lane 4g + t holds values 8t .. 8t + 7 of a chunk: of rows g and g + 8 of W, and of rows g, g + 8, … of x. The tensor
+// cores' own k runs over (2i, 2i + 1) of the four t, which permutes k within a chunk alike for W and x.
+
+constexpr int kPartPitch = 20;  // floats of shared memory for the 16 sums of one row of x: no bank is hit twice
+
+template <int N>
+class Part {
+ public:
+  template <class T>
+  __device__ __forceinline__ void add(const Piece<T>& upper, const Piece<T>& lower, const float (&x)[N][8]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float values[O][4];
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[2], b[2];
+      upper.pair(i, a);
+      lower.pair(i, b);
+      const uint32_t w[4] = {a[0], b[0], a[1], b[1]};
 #pragma unroll
-    for (int o = 0; o < O; ++o) w[o].widen(values[o], half);
+      for (int n = 0; n < N; ++n) {
+        const uint32_t x0 = __float_as_uint(x[n][2 * i]), x1 = __float_as_uint(x[n][2 * i + 1]);
+        const uint32_t high0 = high_of(x0), high1 = high_of(x1);
+        multiply_tile(high_[n], w, high0, high1);
+        multiply_tile(low_[n], w, low_of(x0, high0), low_of(x1, high1));
+        if constexpr (!Piece<T>::kExact) {
+          uint32_t rest[4];
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const float4 v = x[r][offset + half * kWarp];
-#pragma unroll
-      for (int o = 0; o < O; ++o) {
-        float sum = sums[r * O + o];
-        sum = fmaf(values[o][0], v.x, sum);
-        sum = fmaf(values[o][1], v.y, sum);
-        sum = fmaf(values[o][2], v.z, sum);
-        sums[r * O + o] = fmaf(values[o][3], v.w, sum);
+          for (int j = 0; j < 4; ++j) rest[j] = low_of(w[j], high_of(w[j]));
+          multiply_tile(low_[n], rest, high0, high1);
+        }
       }
     }
   }
+
+  // To `parts` [row of x < n_rows][kPartPitch] of shared memory.
+  __device__ __forceinline__ void write(float* parts, int32_t n_rows) const {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = n * kTileRows + 2 * t + i % 2;
+        if (row < n_rows) parts[row * kPartPitch + g + i / 2 * 8] = whole(high_[n][i], low_[n][i]);
+      }
+  }
+
+ private:
+  // Where high is not finite, low is a difference of infinities, or such a one times W.
+  static __device__ __forceinline__ float whole(float high, float low) { return fabsf(high) < INFINITY ? high + low : high; }
+  float high_[N][4] = {}, low_[N][4] = {};
+};
+
+// The sum of one output's parts, which lie `stride` floats apart.
+__device__ __forceinline__ float sum_parts(const float* parts, int32_t stride) {
+  float sum = parts[0];
+#pragma unroll
+  for (int i = 1; i < kParts; ++i) sum += parts[i * stride];
+  return sum;
 }
 
-// The lane tree of N sums at once: at each level a lane keeps half of the values and gives the other half away, until
-// it has one; then it only adds. Afterwards lane l holds value l / (32 / N), or, of 64, values 2l and 2l + 1.
-template <int Left, int Step, int N>
-__device__ __forceinline__ void sum_lanes_from(float (&v)[N]) {
-  if constexpr (Left > 1) {
-    const bool upper = (threadIdx.x & Step) != 0;
-#pragma unroll
-    for (int i = 0; i < Left / 2; ++i) {
-      const float kept = upper ? v[i + Left / 2] : v[i];
-      const float given = upper ? v[i] : v[i + Left / 2];
-      v[i] = kept + __shfl_xor_sync(kAllLanes, given, Step);
-    }
-  } else {
-    v[0] += __shfl_xor_sync(kAllLanes, v[0], Step);
-  }
-  if constexpr (Step > 1) sum_lanes_from<Left == 1 ? 1 : Left / 2, Step / 2>(v);
+// ---- the prologue: RMSNorm ----
+// x·norm goes into the products, 1/√(mean(x²) + eps) to the finished sum. Squares are summed like products, slices and
+// parts alike; within a part lane 8q + v takes values 4v .. 4v + 3 of the part's chunks q and q + 4, then the lanes' tree.
+
+// Where this lane's piece `half` of part `part` is, from the start of the slice.
+__device__ __forceinline__ int32_t square_place(int part, int half) {
+  const int lane = threadIdx.x % kWarp;
+  return (part + kParts * (lane / 8 + 4 * half)) * kChunk + lane % 8 * 4;
 }
-template <int N>
-__device__ __forceinline__ void sum_lanes(float (&v)[N]) {
-  static_assert(N >= 1 && N <= 64 && (N & (N - 1)) == 0);
-  sum_lanes_from<N, kWarp / 2>(v);
+__device__ __forceinline__ float add_squares(float sum, const float4& v) {
+  return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+}
+__device__ __forceinline__ float norm_factor(float squares, int32_t k, float eps) {
+  return 1.0f / sqrtf(__fadd_rn(squares / static_cast<float>(k), eps));
 }
 
 // ---- the epilogue ----
@@ -108,131 +146,50 @@ struct Output {
   int32_t n_rows, n_out, epilogue;
 };
 
-// Bias, residual, SwiGLU and the store of R·O sums. What the epilogue reads is fetched by begin(), long before end()
-// needs it. y is read past L1: in a chain another multiprocessor wrote it during this very launch.
-template <class T, int R, int O>
+// One output for each lane, those of a pair of gate and up rows in lanes 2i and 2i + 1. What is read beside the sum is
+// fetched first, long before it is needed. y is read past L1: in a chain another multiprocessor wrote it during this very launch.
+template <class T>
 class Ending {
  public:
-  static_assert(O % 2 == 0, "gate and up rows are summed together");
-  static constexpr int kValues = R * O, kPerLane = kValues > kWarp ? kValues / kWarp : 1;
-  static constexpr int kSharers = kValues < kWarp ? kWarp / kValues : 1;  // lanes that hold the same value
-
-  __device__ __forceinline__ void begin(const Output& to, int32_t row0, int32_t out0) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t row = row0 + index(i) / O, out = out0 + index(i) % O;
-      valid_[i] = row < to.n_rows && out < to.n_out && threadIdx.x % kSharers == 0;
-      bias_[i] = before_[i] = 0.0f;
-      if (to.bias != nullptr && out < to.n_out) bias_[i] = to_f32(static_cast<const T*>(to.bias)[out]);
-      if (to.epilogue == FKV_ADD && valid_[i]) before_[i] = __ldcg(to.y + row * to.y_stride + out);
-    }
+  __device__ __forceinline__ Ending(const Output& to, int32_t row, int32_t out)
+      : row_(row), out_(out), valid_(row < to.n_rows && out < to.n_out) {
+    if (to.bias != nullptr && valid_) bias_ = to_f32(static_cast<const T*>(to.bias)[out]);
+    if (to.epilogue == FKV_ADD && valid_) before_ = __ldcg(to.y + row * to.y_stride + out);
   }
-
-  // All lanes take part.
-  __device__ __forceinline__ void end(float (&sums)[kValues], const Output& to, int32_t row0, int32_t out0) const {
-    sum_lanes(sums);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (to.bias != nullptr) sums[i] += bias_[i];
+  // All lanes take part. factor: 1 where there is no norm.
+  __device__ __forceinline__ void end(const Output& to, float sum, float factor) const {
+    sum = __fmul_rn(sum, factor);
+    if (to.bias != nullptr) sum = __fadd_rn(sum, bias_);
     if (to.epilogue == FKV_SWIGLU) {
-      float up;
-      if constexpr (kPerLane == 1)
-        up = __shfl_xor_sync(kAllLanes, sums[0], kSharers);
-      else
-        up = sums[1];
-      const int32_t row = row0 + index(0) / O, out = out0 + index(0) % O;
-      if (valid_[0] && out % 2 == 0) {
-        const float gate = sums[0];
-        to.y[row * to.y_stride + out / 2] = gate / __fadd_rn(1.0f, expf(-gate)) * up;  // never fused with exp's last step
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t row = row0 + index(i) / O, out = out0 + index(i) % O;
-      if (valid_[i]) to.y[row * to.y_stride + out] = to.epilogue == FKV_ADD ? before_[i] + sums[i] : sums[i];
+      const float up = __shfl_xor_sync(kAllLanes, sum, 1);
+      if (valid_ && out_ % 2 == 0) to.y[row_ * to.y_stride + out_ / 2] = sum / __fadd_rn(1.0f, expf(-sum)) * up;
+    } else if (valid_) {
+      to.y[row_ * to.y_stride + out_] = to.epilogue == FKV_ADD ? __fadd_rn(before_, sum) : sum;
     }
   }
 
  private:
-  static_assert(kPerLane <= 2);
-  // Which of the R·O values this lane's i-th is after sum_lanes.
-  static __device__ __forceinline__ int index(int i) {
-    return static_cast<int>(threadIdx.x % kWarp) / kSharers * kPerLane + i;
-  }
-  float bias_[kPerLane], before_[kPerLane];
-  bool valid_[kPerLane];
+  int32_t row_, out_;
+  bool valid_;
+  float bias_ = 0.0f, before_ = 0.0f;
 };
 
-// ---- the prologue ----
+// ---- phases in one launch (chain.cu), or one phase in plain launches (gemm.cu) ----
+// Scratch starts with kHeadBytes that are zero between calls, and that the caller zeroes before the first one.
 
-constexpr int kRowThreads = 256;  // of every block that normalises: part of the order of its sums
-constexpr int kRowWarps = kRowThreads / kWarp;
-constexpr int kAhead = 4;  // 16-byte reads of x in flight a thread
-
-// Values at .. at + 3 of a row of x, zeros past k. `vectors`: the row is aligned to 16 bytes and k a multiple of 4.
-// x is read past L1, as y is (see Ending).
-__device__ __forceinline__ float4 load_x4(const float* x, int64_t at, int32_t k, bool vectors) {
-  if (vectors) return at < k ? __ldcg(reinterpret_cast<const float4*>(x + at)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float v[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = at + i < k ? __ldcg(x + at + i) : 0.0f;
-  return make_float4(v[0], v[1], v[2], v[3]);
-}
-
-// factors[r] = 1/√(mean(x²) + eps) of rows r < n_rows, in every thread. Thread t sums the squares of values 4t .. 4t+3
-// of every 1024, ascending; then the lane tree; then the warps in order. `vectors`: of every row, see load_x4.
-// `shared`: R·8 floats, free until the next barrier after it.
-template <int R>
-__device__ __forceinline__ void row_factors(float (&factors)[R], const float* x, int64_t x_stride, int32_t n_rows,
-                                            int32_t k, float eps, bool vectors, float* shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float squares[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    squares[r] = 0.0f;
-    if (r >= n_rows) continue;
-    const float* from = x + r * x_stride;
-    for (int64_t first = 4 * threadIdx.x; first < k; first += kAhead * 4 * kRowThreads) {
-      float4 v[kAhead];  // all in flight before the first is used
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) v[j] = load_x4(from, first + j * 4 * kRowThreads, k, vectors);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        squares[r] = fmaf(v[j].x, v[j].x, squares[r]);
-        squares[r] = fmaf(v[j].y, v[j].y, squares[r]);
-        squares[r] = fmaf(v[j].z, v[j].z, squares[r]);
-        squares[r] = fmaf(v[j].w, v[j].w, squares[r]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const float sum = warp_sum(squares[r]);
-    if (lane == 0) shared[r * kRowWarps + warp] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    float total = 0.0f;
-    for (int i = 0; i < kRowWarps; ++i) total += shared[r * kRowWarps + i];
-    factors[r] = 1.0f / sqrtf(total / static_cast<float>(k) + eps);
-  }
-}
-
-// ---- phases in one launch (chain.cu) ----
+constexpr uint64_t kHeadBytes = 4096;
+// What either needs after the head.
+uint64_t decode_scratch_bytes(int32_t n_rows, int32_t max_k, int32_t max_out);
 
 // Whether one launch may run these phases.
 bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv_stream* stream);
-// chain_scratch_bytes() of scratch. Only what `chains` allows.
+// Only what `chains` allows.
 int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch, fkv_stream* stream);
-uint64_t chain_scratch_bytes();
 
-// ---- one phase in plain launches (gemm.cu) ----
-
-// Bytes of x laid out for the kernels: [n_rows][steps of k] of 1 KiB each.
+// Bytes of x laid out for the plain kernels: a factor for each row, then [n_rows][k in whole chunks].
 inline uint64_t laid_out_bytes(int64_t n_rows, int32_t k) {
-  return static_cast<uint64_t>(n_rows) * static_cast<uint64_t>(steps_of(k)) * kStep * sizeof(float);
+  const int64_t floats = divide_up(n_rows, 4) * 4 + n_rows * divide_up(k, kChunk) * kChunk;
+  return static_cast<uint64_t>(floats) * sizeof(float);
 }
 // Any shape, any device. x_memory: laid_out_bytes() on the device, aligned to 16 bytes.
 int32_t launch_phase(const fkv_phase& phase, int32_t n_rows, float* x_memory, fkv_stream* stream);

@@ -1,6 +1,6 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The dense part of a model as phases: queued where a layer names them, launched together when a stage needs the result.
-import { FKV_ADD, FKV_DECODE, FKV_STORE, FKV_SWIGLU } from "../ffi/constants.ts";
+import { FKV_ADD, FKV_STORE, FKV_SWIGLU } from "../ffi/constants.ts";
 import { pack, size } from "../ffi/structs.ts";
 import type { Device, DeviceBuffer, Stream } from "./device.ts";
 
@@ -27,25 +27,39 @@ export class DenseQueue implements Disposable {
   readonly #dtype: number;
   readonly #eps: number;
   readonly #split: boolean;
+  readonly #family: number;
   readonly #scratch: DeviceBuffer;
   readonly #phases: ArrayBuffer = new ArrayBuffer(maxQueued * size.fkv_phase);
   #queued = 0;
   #rows = 0;
 
-  /** `split`: every phase is a launch of its own. Scratch serves up to maxRows rows of the widest shapes. */
+  /**
+   * `split`: every phase is a launch of its own. `family`: whose sums, FKV_DECODE, FKV_PREFILL or FKV_FAST. Scratch serves up to
+   * maxRows rows of the widest shapes.
+   */
   constructor(
     device: Device,
     stream: Stream,
-    o: { dtype: number; eps: number; split: boolean; maxRows: number; maxK: number; maxOut: number },
+    o: {
+      dtype: number;
+      eps: number;
+      split: boolean;
+      family: number;
+      maxRows: number;
+      maxK: number;
+      maxOut: number;
+    },
   ) {
     this.#device = device;
     this.#stream = stream;
     this.#dtype = o.dtype;
     this.#eps = o.eps;
     this.#split = o.split;
+    this.#family = o.family;
     const bytes = new BigUint64Array(1);
     device.lib.fkv_chain_scratch_bytes(bytes, o.maxRows, o.maxK, o.maxOut);
     this.#scratch = device.alloc(Math.max(256, Number(bytes[0])));
+    stream.memset(this.#scratch, 0); // a chain finds its counters at zero, and leaves them so
   }
 
   /** Queues y = epilogue(linear(x)) for `rows` rows; strides in floats. */
@@ -88,7 +102,7 @@ export class DenseQueue implements Disposable {
       this.#phases,
       this.#queued,
       this.#rows,
-      FKV_DECODE,
+      this.#family,
       this.#scratch.address,
       this.#stream.handle,
     );

@@ -14,12 +14,13 @@ interface Shape {
   qkv: number;
   dtype: Dtype;
 }
-// The last is longer along k than any device keeps of eight rows at a time.
+// The last two are longer along k than a device keeps of eight and of sixteen rows at a time: without and with a norm.
 const shapes: Shape[] = [
   { hidden: 256, mlp: 768, qkv: 512, dtype: "bf16" },
   { hidden: 72, mlp: 328, qkv: 103, dtype: "f16" },
   { hidden: 1024, mlp: 2816, qkv: 1536, dtype: "bf16" },
   { hidden: 48, mlp: 4616, qkv: 30, dtype: "bf16" },
+  { hidden: 2312, mlp: 600, qkv: 90, dtype: "f16" },
 ];
 for (const { hidden, mlp, qkv, dtype } of shapes) {
   test(`a layer's phases in one call or four, the same bits: ${hidden}, ${mlp}, ${qkv}, ${dtype}`, {
@@ -38,7 +39,7 @@ for (const { hidden, mlp, qkv, dtype } of shapes) {
       qkvBias: matrix(qkv),
       attnNorm: matrix(hidden),
     };
-    for (const rows of [1, 2, 3, 4, 5, 8, 9]) {
+    for (const rows of [1, 2, 3, 4, 5, 8, 9, 16, 17, 40]) {
       const start = random.normals(rows * hidden);
       const attended = rig.upload(random.normals(rows * hidden));
       const run = (apart: boolean): Uint32Array[] => {

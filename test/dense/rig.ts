@@ -6,6 +6,7 @@ import {
   type Device,
   type DeviceBuffer,
   FKV_ADD,
+  FKV_DECODE,
   FKV_STORE,
   FKV_SWIGLU,
   pack,
@@ -82,8 +83,8 @@ export class DenseRig implements Disposable {
     return new Float32Array(this.download(memory));
   }
 
-  /** Issues the phases as one chain. */
-  chain(phases: readonly Phase[], rows: number): void {
+  /** Issues the phases as one chain, with the sums of `family`. */
+  chain(phases: readonly Phase[], rows: number, family: number = FKV_DECODE): void {
     const all = new ArrayBuffer(phases.length * size.fkv_phase);
     for (const [i, phase] of phases.entries()) {
       const width = phase.epilogue === "swiglu" ? phase.nOut / 2 : phase.nOut;
@@ -107,8 +108,17 @@ export class DenseRig implements Disposable {
     const maxK = Math.max(...phases.map((phase) => phase.k));
     const maxOut = Math.max(...phases.map((phase) => phase.nOut));
     this.device.call("fkv_chain_scratch_bytes", bytes, rows, maxK, maxOut);
-    const scratch = this.alloc(Number(bytes[0])).address;
-    this.device.call("fkv_dense_chain", all, phases.length, rows, 0, scratch, this.stream.handle);
+    const scratch = this.alloc(Number(bytes[0]));
+    this.stream.memset(scratch, 0);
+    this.device.call(
+      "fkv_dense_chain",
+      all,
+      phases.length,
+      rows,
+      family,
+      scratch.address,
+      this.stream.handle,
+    );
   }
 
   [Symbol.dispose](): void {

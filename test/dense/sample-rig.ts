@@ -61,7 +61,7 @@ export class SampleRig extends DenseRig {
     this.#counters = this.upload(new Uint8Array(maxRows * size.fkv_counters));
     this.#sampled = this.upload(new Int32Array(maxRows).fill(-1));
     this.#logits = this.alloc(4 * maxRows * vocab);
-    this.#scratch = this.alloc(8 * maxRows * vocab);
+    this.#scratch = this.upload(new Uint8Array(8 * maxRows * vocab + 64));
     this.#step = this.upload(new Uint32Array(1));
     this.#stall = this.upload(new BigUint64Array(1));
     this.#results = this.device.pinned(ring * maxRows * size.fkv_result);
@@ -111,6 +111,7 @@ export class SampleRig extends DenseRig {
       flags: null,
       counters: this.#counters,
       forced: null,
+      attend_scratch: null,
       ...changes.cache,
     });
     const params = pack.fkv_sample_params({

@@ -1,0 +1,94 @@
+// chain_x.cuh: how a block of a chain gets x. Each multiplying warp copies the chunks of k that it multiplies, into the shared
+// memory of the block, and puts norm on them there.
+#pragma once
+#include "chain_ring.cuh"
+
+namespace fkv {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// Size (8 or 16) bytes, or as many zeros.
+template <int Size>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
+  const int bytes = inside ? Size : 0;
+  if constexpr (Size == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+}
+
+template <class T>
+struct alignas(8) Quad {
+  T v[4];
+};
+
+// This warp's chunks of x from `first` to `end` of k, times norm, and the squares of its parts. A lane copies what it will
+// multiply by norm itself; only then do the others need it.
+template <class T>
+__device__ __forceinline__ void load_x(float* out, int32_t pitch, T* norm, float* squares, const Phase& phase, int32_t n_rows,
+                                       int32_t first, int32_t end) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int32_t length = end - first, padded = pitch - 4;
+  const float* x = phase.x + first;
+  if (phase.norm != nullptr) {
+#pragma unroll 2
+    for (int32_t slice = 0; slice < length; slice += kSlice)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t at = slice + square_place(warp, half);
+        if (at < length) copy_async<8>(norm + at, static_cast<const T*>(phase.norm) + first + at, true);
+      }
+  }
+  for (int32_t row = 0; row < n_rows; ++row, x += phase.x_stride) {
+#pragma unroll 2
+    for (int32_t slice = 0; slice < length; slice += kSlice)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t at = slice + square_place(warp, half);
+        if (at < padded) copy_async<16>(out + row * pitch + at, at < length ? x + at : x, at < length);
+      }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  for (int32_t slice = 0; slice < length && phase.norm != nullptr; slice += kSlice) {
+    float by[2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t at = slice + square_place(warp, half);
+      if (at >= length) continue;
+      const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(norm + at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) by[half][i] = to_f32(quad.v[i]);
+    }
+#pragma unroll 4
+    for (int32_t row = 0; row < n_rows; ++row) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t at = slice + square_place(warp, half);
+        if (at >= length) continue;
+        float4* const place = reinterpret_cast<float4*>(out + row * pitch + at);
+        const float4 v = *place;
+        sum = add_squares(sum, v);
+        *place = make_float4(v.x * by[half][0], v.y * by[half][1], v.z * by[half][2], v.w * by[half][3]);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) squares[(slice / kSlice * kParts + warp) * n_rows + row] = sum;
+    }
+  }
+  __syncwarp();
+}
+
+// Asks L2 for what a phase needs beside W and x, while it waits for the phase before.
+template <class T>
+__device__ __forceinline__ void prefetch_norm(const Phase& phase) {
+  constexpr int kLine = 128 / sizeof(T);
+  if (phase.norm == nullptr) return;
+  for (int64_t at = int64_t{threadIdx.x} * kLine; at < phase.k; at += kPartsThreads * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const T*>(phase.norm) + at));
+}
+
+#endif
+
+}  // namespace fkv
