@@ -20,16 +20,29 @@ interface LayerWeights {
   readonly kNorm: number;
 }
 
-/** Where `rows` rows of activations live, f32: x [hidden], qkv [(Hq + 2·Hkv)·d], attended [Hq·d], mlp [intermediate]. */
-export class Activations implements Disposable {
+/** Addresses of f32 rows of activations: x [hidden], qkv [(Hq + 2·Hkv)·d], attended [Hq·d], mlp [intermediate]. */
+export interface ActivationRows {
+  readonly x: number;
+  readonly qkv: number;
+  readonly attended: number;
+  readonly mlp: number;
+}
+
+const widthsOf = (c: ModelConfig): number[] => [c.hidden, qkvWidth(c), c.heads * c.headDim, c.intermediate];
+
+/** Device bytes that a row takes. */
+export const activationBytes = (config: ModelConfig): number =>
+  4 * widthsOf(config).reduce((sum, width) => sum + width, 0);
+
+/** Where `rows` rows of activations live. */
+export class Activations implements ActivationRows, Disposable {
   readonly #memory: DeviceBuffer;
   readonly x: number;
   readonly qkv: number;
   readonly attended: number;
   readonly mlp: number;
   constructor(device: Device, config: ModelConfig, rows: number) {
-    const widths = [config.hidden, qkvWidth(config), config.heads * config.headDim, config.intermediate];
-    const bytes = widths.map((width) => Math.ceil((4 * width * rows) / 256) * 256);
+    const bytes = widthsOf(config).map((width) => Math.ceil((4 * width * rows) / 256) * 256);
     this.#memory = device.alloc(bytes.reduce((a, b) => a + b, 0));
     const at = (i: number): number => this.#memory.address + bytes.slice(0, i).reduce((a, b) => a + b, 0);
     this.x = at(0);
@@ -180,7 +193,7 @@ export class Network implements Disposable {
   }
 
   /** x += Wo·attended; x += Wdown·silu-gated(Wgu·norm(x)). */
-  project(dense: DenseQueue, act: Activations, layer: number, rows: number): void {
+  project(dense: DenseQueue, act: ActivationRows, layer: number, rows: number): void {
     const { o, gateUp, down } = this.#layers[layer] as LayerWeights;
     dense.add(o, epilogue.add, act.attended, o.k, act.x, o.nOut, rows);
     dense.add(gateUp, epilogue.swiglu, act.x, gateUp.k, act.mlp, down.k, rows);

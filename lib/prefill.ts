@@ -1,19 +1,36 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // Prefill: a prompt in chunks, each token attending to every earlier one whatever the policy; finished pages go to the host as
-// they are made. A token's bits do not depend on where chunks or appends begin.
+// they are made. Unless the kernels are FKV_FAST's, a token's bits do not depend on where chunks or appends begin.
 import { pack } from "../ffi/structs.ts";
 import type { Frames } from "./cache.ts";
+import type { ModelConfig } from "./checkpoint.ts";
 import { type PageCopier, type Pages, range } from "./copier.ts";
 import type { Decoder } from "./decoder.ts";
 import { DenseQueue } from "./dense.ts";
-import type { DeviceBuffer, Event, Stream } from "./device.ts";
+import type { Device, DeviceBuffer, Event, Stream } from "./device.ts";
 import { unlessFailed } from "./errors.ts";
 import { keptBytes, type Lane } from "./lane.ts";
-import { Activations } from "./network.ts";
+import { type ActivationRows, Activations, activationBytes } from "./network.ts";
 import type { Waits } from "./waits.ts";
 
-/** Chunks end at multiples of this. */
-export const chunkTokens = 512;
+const twinChunk = 512;
+const chunks = [4096, 2048, 1024];
+/** The share of a device's memory that a chunk's activations may take. */
+const chunkShare = 1 / 32;
+/** int32 values in one fkv_write_async. */
+const writePiece = 768;
+
+/**
+ * How many tokens to compute at a time: on a GPU, where a product of many rows is fastest and pages that stream back do so once
+ * for each chunk, as many as take a small share of its memory.
+ */
+export function defaultChunk(device: Device, config: ModelConfig, maxContext: number): number {
+  if (device.backend === "cpu") return twinChunk;
+  const { hidden, intermediate, heads, headDim } = config;
+  const operands = 8 * Math.max(hidden, intermediate, heads * headDim);
+  const most = (device.info().totalBytes * chunkShare) / (activationBytes(config) + operands);
+  return chunks.find((tokens) => tokens <= most && tokens < 2 * maxContext) ?? twinChunk;
+}
 
 /** A prompt's chunk: `ids` at positions `start` … of a sequence with these blocks, reserved up to the chunk's end. */
 export interface Chunk {
@@ -27,7 +44,10 @@ export interface Chunk {
 }
 
 export class Prefill implements Disposable {
+  /** Chunks end at multiples of this. */
+  readonly chunkTokens: number;
   readonly #d: Decoder;
+  readonly #family: number;
   readonly #copier: PageCopier;
   readonly #waits: Waits;
   /** Carries finished pages to the host beside the next layers. */
@@ -50,11 +70,14 @@ export class Prefill implements Disposable {
     decoder: Decoder,
     copier: PageCopier,
     waits: Waits,
-    o: { split: boolean; dtype: number; prefillKv: "device" | "host" },
+    o: { split: boolean; dtype: number; family: number; chunkTokens: number; prefillKv: "device" | "host" },
   ) {
     const { device, network } = decoder;
     const { config } = network;
+    const { chunkTokens } = o;
+    this.chunkTokens = chunkTokens;
     this.#d = decoder;
+    this.#family = o.family;
     this.#copier = copier;
     this.#waits = waits;
     this.#store = device.stream();
@@ -63,6 +86,7 @@ export class Prefill implements Disposable {
       dtype: o.dtype,
       eps: config.eps,
       split: o.split,
+      family: o.family,
       maxRows: chunkTokens,
       ...network.widest,
     });
@@ -129,16 +153,19 @@ export class Prefill implements Disposable {
     const firstPage = Math.floor(start / pageSize);
     const finished = range(firstPage, Math.floor((start + n) / pageSize));
     const last = this.#stored[layers - 1] as Event;
-    compute.write(this.#tokens, ids);
-    compute.write(this.#positions, Int32Array.from(range(start, start + n)));
+    this.#write(this.#tokens, ids);
+    this.#write(this.#positions, Int32Array.from(range(start, start + n)));
     network.embed(act, this.#tokens.address, n, compute);
     for (let layer = 0; layer < layers; layer++) {
       const frames = this.#frames(layer);
       const extent = { layer, layers: 1 };
+      // Of the last layer nothing is needed but K and V, and the last token's output where it is the prompt's.
+      const ends = layer === layers - 1;
+      const attends = !ends || chunk.lane !== null;
       network.qkv(this.#dense, act, layer, n);
       this.#dense.run();
       network.rope(act, layer, this.#positions.address, n, compute);
-      if (this.#streamsBack) this.#streamBack(layer, firstPage, blocks);
+      if (this.#streamsBack) this.#streamBack(layer, attends ? firstPage : 0, blocks);
       if (chunk.partial)
         this.#copier.copy(
           chunk.partial,
@@ -146,7 +173,8 @@ export class Prefill implements Disposable {
           { ...extent, tokens: start % pageSize },
           compute,
         );
-      const params = pack.fkv_prefill_params({ layer, start, n, qkv: act.qkv, out: act.attended, frames });
+      const attention = { layer, start, n, frames, family: this.#family, qkv: act.qkv, out: act.attended };
+      const params = pack.fkv_prefill_params(attention);
       device.lib.fkv_prefill_append(cache.packed, params, compute.handle);
       waits.record(compute, this.#appended[layer] as Event);
       waits.on(this.#store, this.#appended[layer] as Event, "store-after-append");
@@ -155,13 +183,20 @@ export class Prefill implements Disposable {
       this.#copier.copy(made, kept, extent, this.#store);
       this.#copier.digest(made, kept.pages, digestKind, extent, this.#store);
       waits.record(this.#store, this.#stored[layer] as Event);
-      device.lib.fkv_prefill_attend(cache.packed, params, compute.handle);
       if (chunk.lane) this.#leave(chunk.lane, layer, start + n, n - 1);
-      network.project(this.#dense, act, layer, n);
+      if (!attends) continue;
+      const rows = ends ? 1 : n;
+      const from = this.#rowsFrom(n - rows);
+      const asked = pack.fkv_prefill_params({
+        ...attention,
+        ...{ start: start + n - rows, n: rows, qkv: from.qkv, out: from.attended },
+      });
+      device.lib.fkv_prefill_attend(cache.packed, asked, compute.handle);
+      network.project(this.#dense, from, layer, rows);
       this.#dense.run();
     }
     if (!chunk.lane) return;
-    network.logits(this.#dense, act.x + 4 * (n - 1) * network.config.hidden, chunk.lane.logits, 1);
+    network.logits(this.#dense, this.#rowsFrom(n - 1).x, chunk.lane.logits, 1);
     this.#dense.run();
     waits.on(compute, last, "fill-after-store");
   }
@@ -173,6 +208,24 @@ export class Prefill implements Disposable {
     await event.done();
   }
 
+  #write(to: DeviceBuffer, values: Int32Array): void {
+    for (let i = 0; i < values.length; i += writePiece)
+      this.#d.compute.write(to.address + 4 * i, values.slice(i, i + writePiece));
+  }
+
+  /** The chunk's activations without its first `skipped` rows. */
+  #rowsFrom(skipped: number): ActivationRows {
+    const { x, qkv, attended, mlp } = this.#act;
+    const { hidden, heads, headDim, intermediate } = this.#d.network.config;
+    const at = (address: number, width: number): number => address + 4 * skipped * width;
+    return {
+      x: at(x, hidden),
+      qkv: at(qkv, this.#d.network.qkvWidth),
+      attended: at(attended, heads * headDim),
+      mlp: at(mlp, intermediate),
+    };
+  }
+
   #awaitStored(layer: number): void {
     this.#waits.on(
       this.#d.compute,
@@ -182,11 +235,11 @@ export class Prefill implements Disposable {
     );
   }
 
-  /** Brings all earlier pages of one layer, once they are on the host and the workspace's half is free. */
-  #streamBack(layer: number, firstPage: number, blocks: readonly number[]): void {
+  /** Brings the pages before `end` of one layer, once they are on the host and the workspace's half is free. */
+  #streamBack(layer: number, end: number, blocks: readonly number[]): void {
     const { cache, compute } = this.#d;
     if (layer !== 1) this.#awaitStored(layer === 0 ? cache.geometry.layers - 1 : layer - 2);
-    const earlier = range(0, firstPage);
+    const earlier = range(0, end);
     this.#copier.copy(
       this.#onHost(earlier, blocks),
       { frames: this.#frames(layer), pages: earlier },
