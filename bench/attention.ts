@@ -1,6 +1,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // Attention: a decode step over the budget, and a chunk of a prompt over everything before it.
 
+import { FKV_FAST } from "../ffi/constants.ts";
 import { Device, pack } from "../lib/device.ts";
 import type { BenchOptions, Floors } from "./bench.ts";
 import { Layer8b, qkvWidth, randomF32, shape } from "./layer8b.ts";
@@ -53,7 +54,7 @@ function prefill(floors: Floors, { say }: BenchOptions): Row {
   const out = owned.use(device.alloc(4 * n * heads * headDim));
   at.stream.copy(qkv, randomF32(n * qkvWidth));
   const frames = at.cache.deviceFrames(at.pages.address, tokens / shape.pageSize);
-  const params = pack.fkv_prefill_params({ layer: 0, start, n, qkv, out, frames });
+  const params = pack.fkv_prefill_params({ layer: 0, start, n, family: FKV_FAST, qkv, out, frames });
   const ms = deviceMs(device, at.stream, { atLeast: 3, budgetMs: 2000 }, () =>
     device.lib.fkv_prefill_attend(at.cache.packed, params, at.stream.handle),
   );

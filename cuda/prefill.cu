@@ -1,12 +1,13 @@
-// prefill.cu: causal attention of a chunk of a prompt to itself and to everything before it.
+// prefill.cu: causal attention of a chunk of a prompt to itself and to everything before it: the entry, and the kernel for K and
+// V of four bytes, f32 throughout on the CUDA cores.
 //
-// Keys come in blocks of 64 absolute positions, ascending, with an online softmax between blocks. A score adds products over ascending
-// channels, an output channel adds weight·V over ascending keys, and every query runs through the same code whatever its place in a tile: its
-// bits do not depend on where chunks begin, on the layout or on its neighbours. f32 throughout, on the CUDA cores.
+// Keys come in blocks of fixed absolute positions, ascending, with an online softmax between blocks. A score adds products over
+// ascending channels, an output channel adds weight·V over ascending keys, and every query runs through the same code whatever
+// its place in a tile: its bits do not depend on where chunks begin, on the layout or on its neighbours.
 //
-// floor: 2·d multiply-adds for each query head and key at or before it, at the FMA rate (a chunk of 2048 tokens at 32K, d 128, 32 heads:
-// 0.54 T multiply-adds → 16 ms a layer at 33 T/s on an H100).
-#include "pages.cuh"
+// floor: 2·d multiply-adds for each query head and key at or before it, at the FMA rate (a chunk of 2048 tokens at 32K, d 128, 32
+// heads: 0.54 T multiply-adds → 16 ms a layer at 33 T/s on an H100).
+#include "prefill.cuh"
 
 namespace fkv {
 namespace {
@@ -26,32 +27,30 @@ struct Tile {
 };
 
 // Sixty-four rows of one slice of K or V on their way to shared memory: a thread moves eight channels at a time.
-template <class T>
 struct Fetched {
   static constexpr int kPieces = kBlockKeys * kSlice / 8 / kThreads;
-  Packed<T> pieces[kPieces];
+  Eight pieces[kPieces];
 };
 
 // Rows of keys first .. first + 63 that lie before `length`, zeros past it: what follows a prompt's tokens is never read.
-template <class T>
-__device__ __forceinline__ void fetch(Fetched<T>& fetched, const fkv_cache& cache, const fkv_prefill_params& params, int32_t head,
+__device__ __forceinline__ void fetch(Fetched& fetched, const fkv_cache& cache, const fkv_prefill_params& params, int32_t head,
                                       int32_t kv, int32_t first, int32_t length, int32_t slice) {
 #pragma unroll
-  for (int i = 0; i < Fetched<T>::kPieces; ++i) {
-    const int32_t piece = threadIdx.x + i * kThreads, position = first + piece / (kSlice / 8), c = slice * kSlice + piece % (kSlice / 8) * 8;
-    fetched.pieces[i] = packed_zeros<T>();
+  for (int i = 0; i < Fetched::kPieces; ++i) {
+    const int32_t piece = threadIdx.x + i * kThreads, position = first + piece / (kSlice / 8);
+    const int32_t c = slice * kSlice + piece % (kSlice / 8) * 8;
+    fetched.pieces[i] = Eight{};
     if (position >= length || c >= cache.head_dim) continue;
-    fetched.pieces[i] = load_packed<T>(
-        frame_address(params.frames, position / cache.page_size, params.layer, head, kv, position % cache.page_size) +
-        c * static_cast<int64_t>(sizeof(T)));
+    const int32_t page = position / cache.page_size;
+    const char* row = frame_address(params.frames, page, params.layer, head, kv, position % cache.page_size);
+    fetched.pieces[i] = load8(reinterpret_cast<const float*>(row) + c);
   }
 }
-template <class T>
-__device__ __forceinline__ void put(float* rows, const Fetched<T>& fetched) {
+__device__ __forceinline__ void put(float* rows, const Fetched& fetched) {
 #pragma unroll
-  for (int i = 0; i < Fetched<T>::kPieces; ++i) {
+  for (int i = 0; i < Fetched::kPieces; ++i) {
     const int32_t piece = threadIdx.x + i * kThreads;
-    store8(rows + piece / (kSlice / 8) * kPitch + piece % (kSlice / 8) * 8, unpack<T>(fetched.pieces[i]));
+    store8(rows + piece / (kSlice / 8) * kPitch + piece % (kSlice / 8) * 8, fetched.pieces[i]);
   }
 }
 
@@ -62,7 +61,8 @@ __device__ __forceinline__ float fma4(float4 a, float4 b, float sum) {
 
 // scores[i][j] += q of the thread's query i · K of its key j (kSide apart) over one slice.
 template <int kQueries>
-__device__ __forceinline__ void score(float (&scores)[kQueries][kKeys], const float* q, int32_t q_pitch, const float* keys, int32_t channels) {
+__device__ __forceinline__ void score(float (&scores)[kQueries][kKeys], const float* q, int32_t q_pitch, const float* keys,
+                                      int32_t channels) {
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
   for (int32_t c = 0; c < channels; c += 4) {
     float4 a[kQueries], b[kKeys];
@@ -90,8 +90,8 @@ __device__ __forceinline__ float max_of_row(float value) {
   return value;
 }
 
-// sums[i][j] += Σ weight of query i and key t · V[t][channel 4x + j] over the keys t < seen[i], ascending. kMasked: some query does not see
-// all of them; what it does not see is left out rather than given no weight, because it may be NaN.
+// sums[i][j] += Σ weight of query i and key t · V[t][channel 4x + j] over the keys t < seen[i], ascending. kMasked: some query
+// does not see all of them; what it does not see is left out rather than given no weight, because it may be NaN.
 template <bool kMasked, int kQueries>
 __device__ __forceinline__ void weigh(float (&sums)[kQueries][kKeys], const float* weights, const float* values,
                                       const int32_t (&seen)[kQueries]) {
@@ -117,9 +117,9 @@ __device__ __forceinline__ void weigh(float (&sums)[kQueries][kKeys], const floa
 }
 
 // A block a KV head and tile of queries; tiles with the most keys go first.
-template <class T, int kSlices>
+template <int kSlices>
 __global__ void __launch_bounds__(kThreads, 2)
-    prefill_kernel(const __grid_constant__ fkv_cache cache, const __grid_constant__ fkv_prefill_params params, int32_t tiles) {
+    f32_kernel(const __grid_constant__ fkv_cache cache, const __grid_constant__ fkv_prefill_params params, int32_t tiles) {
   constexpr int kQueries = Tile<kSlices>::kQueries, kRows = Tile<kSlices>::kRows;
   extern __shared__ __align__(16) float memory[];  // q [kRows][d + 4], rows of K or V [64][kPitch], weights [kRows][kPitch]
   const int32_t d = cache.head_dim, group = cache.n_q_heads / cache.n_kv_heads, q_pitch = d + 4;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     maximum[i] = -INFINITY;
     position[i] = params.start + static_cast<int32_t>(query_at(y * kQueries + i) / group);
   }
-  Fetched<T> fetched;
+  Fetched fetched;
   fetch(fetched, cache, params, head, 0, 0, length, 0);
   for (int32_t first = 0; first < length; first += kBlockKeys) {
     float scores[kQueries][kKeys] = {};
@@ -215,15 +215,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <class T, int kSlices>
+template <int kSlices>
 int32_t issue(const char* call, const fkv_cache& cache, const fkv_prefill_params& params, fkv_stream* stream) {
   constexpr int kRows = Tile<kSlices>::kRows;
   const int64_t tiles = divide_up(int64_t{params.n} * group_of(cache), kRows);
   const size_t shared = (static_cast<size_t>(kRows) * (cache.head_dim + 4) + (kBlockKeys + kRows) * kPitch) * sizeof(float);
-  if (const int32_t status = allow_shared(stream, call, prefill_kernel<T, kSlices>, shared)) return status;
+  if (const int32_t status = allow_shared(stream, call, f32_kernel<kSlices>, shared)) return status;
   const auto blocks = static_cast<unsigned>(tiles * cache.n_kv_heads);
-  prefill_kernel<T, kSlices><<<blocks, kThreads, shared, stream->handle>>>(cache, params, static_cast<int32_t>(tiles));
+  f32_kernel<kSlices><<<blocks, kThreads, shared, stream->handle>>>(cache, params, static_cast<int32_t>(tiles));
   return launched(stream, call);
+}
+
+int32_t attend_f32(const char* call, const fkv_cache& cache, const fkv_prefill_params& params, fkv_stream* stream) {
+  if (cache.head_dim <= kSlice) return issue<1>(call, cache, params, stream);
+  if (cache.head_dim <= 2 * kSlice) return issue<2>(call, cache, params, stream);
+  return issue<4>(call, cache, params, stream);
 }
 
 }  // namespace
@@ -236,12 +242,15 @@ int32_t fkv_prefill_attend(const fkv_cache* cache, const fkv_prefill_params* par
   if (const int32_t status = check_chunk(call, cache, params)) return status;
   FKV_REQUIRE(params->out != nullptr, FKV_BAD_ARGUMENT, "%s: params.out is null", call);
   if (const int32_t status = require_query_shape(call, *cache)) return status;
+  if (const int32_t status = require_aligned(call, "params.qkv", params->qkv)) return status;
+  if (const int32_t status = require_aligned(call, "params.out", params->out)) return status;
+  // Queries, and tiles of them under all heads, are counted in 32 bits.
+  FKV_REQUIRE(int64_t{params->n} * cache->n_q_heads <= INT32_MAX, FKV_BAD_SHAPE, "%s: %d tokens of %d query heads in one chunk",
+              call, params->n, cache->n_q_heads);
   if (const int32_t status = ready(stream, call)) return status;
   if (params->n == 0) return FKV_OK;
-  return with_dtype(cache->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (cache->head_dim <= kSlice) return issue<T, 1>(call, *cache, *params, stream);
-    if (cache->head_dim <= 2 * kSlice) return issue<T, 2>(call, *cache, *params, stream);
-    return issue<T, 4>(call, *cache, *params, stream);
-  });
+  if (cache->dtype == FKV_F32) return attend_f32(call, *cache, *params, stream);
+  const int parts = params->family == FKV_FAST ? 1 : 2;
+  if (has_warpgroups(stream, *params)) return attend_warpgroups(call, *cache, *params, parts, stream);
+  return attend_mma(call, *cache, *params, parts, stream);
 }

@@ -104,6 +104,7 @@ test("a chunk of a prompt is appended as its tokens one by one are", { timeout: 
     layer: 1,
     start,
     n,
+    family: 0,
     qkv: input,
     out: null,
     frames: rig.frames(chunk, pages * rig.frameBytes),

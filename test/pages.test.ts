@@ -1,5 +1,5 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// Whole pages on the twin: copied between layouts and pools.
+// Whole pages: copied between layouts and pools.
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertLess, assertNotEquals, assertThrows } from "@std/assert";
@@ -87,6 +87,30 @@ test("a partial copy moves its first rows and its layers alone", () => {
         assertEquals(actual, expected, `layer ${layer}, page ${page}, head ${head}`);
       }
     }
+  }
+});
+
+test("large pages cross to the host and back, whole and in part, many of them at once", {
+  timeout: 60_000,
+}, () => {
+  for (const tokens of [64, 37, 1]) {
+    using rig = new Rig({ dtype: "f16", headDim: 128, kvHeads: 4, pageSize: 64, layers: 2 });
+    const pages = 20;
+    const story = rig.story(new Random(11), pages * rig.pageSize);
+    const start = framesOf(rig, story, "hnd");
+    const pool = hostPool(rig, pages, "nhd");
+    const end = rig.alloc(start.buffer.bytes);
+    const dst = rig.frames(end, pages * rig.frameBytes, "hnd");
+    const from = Array.from({ length: pages }, (_, i) => i);
+    const to = from.map((i) => (7 * i + 3) % pages);
+    copyPages(rig, { src: start.frames, dst: pool.frames, from, to, tokens });
+    copyPages(rig, { src: pool.frames, dst, from: to, to: from, tokens });
+    const expected = rig.download(start.buffer);
+    const rowBytes = rig.headDim * rig.elementBytes;
+    for (let at = 0; at < expected.length; at += rowBytes) {
+      if ((at / rowBytes) % rig.pageSize >= tokens) expected.fill(untouched, at, at + rowBytes);
+    }
+    assertEquals(rig.download(end), expected, `${tokens} tokens`);
   }
 });
 

@@ -1,5 +1,5 @@
 /// <reference lib="esnext.disposable" preserve="true" />
-// Rotary positions and QK-norm on the twin, against float64.
+// Rotary positions and QK-norm, against float64.
 
 import { test } from "node:test";
 import { assert, assertEquals, assertGreater, assertThrows } from "@std/assert";
@@ -94,12 +94,13 @@ test("RoPE leaves an empty row alone, and a row has the same bits in any batch",
   const c = { headDim: 96, qNorm: true, kNorm: true };
   const norms = [random.normals(96), random.normals(96)] as const;
   const width = 9 * 96;
-  const rows = 40;
+  const rows = 600;
   const qkv = random.normals(rows * width);
   qkv.fill(Number.NaN, 3 * width, 4 * width);
   const positions = Array.from({ length: rows }, (_, row) => (row % 5 === 3 ? -1 : row * 977));
   const { got } = run(rig, { ...c, positions }, qkv, norms);
   for (const [row, position] of positions.entries()) {
+    if (row >= 40 && row % 53 !== 0) continue;
     const before = qkv.slice(row * width, (row + 1) * width);
     const alone = run(rig, { ...c, positions: [position] }, before, norms).got;
     assertEquals(bits(got.slice(row * width, (row + 1) * width)), bits(alone));
