@@ -1,306 +1,306 @@
 // attend.cu: paged attention of one token a row over its sink, selected and window pages (design section 3, Order).
 //
-// The pages that a head visits are split at every eighth. Splits s, s + 8, s + 16, … make a strand; a strand's splits are combined in order,
-// then the eight strands in order. A warp takes a page of the split. Which slot a page sits in, the device layout, other rows and the number
-// of blocks that share a head change addresses and who does the work, never a sum.
+// The pages that a head visits are cut into splits of 128 tokens (8, 4 or 2 pages); a warp takes a tile of sixteen of them.
+// Splits s, s + n, s + 2n, … make strand s of n, which takes them in one after another; then the strands are combined in order,
+// by the block that is done last. n belongs to the geometry. Which slot a page sits in, the device layout, other rows and the
+// number of blocks that share a head change addresses and who does the work, never a sum.
 //
-// floor: the visited pages' K and V once, 2·tokens·d values a KV head, at HBM read speed (2080 tokens, d 128, bf16, 8 heads: 8.1 MiB →
-// 2.5 us on an H100). Eight blocks a head: at batch 1 they are 64 of its 132 SMs, and a ninth split is a second round.
-#include "cluster.cuh"
-#include "pages.cuh"
+// floor: the visited pages' K and V once, 2·tokens·d values a KV head, at HBM read speed (2080 tokens, d 128, bf16, 8 heads:
+// 8.1 MiB → 2.5 us on an H100); measured on an H100 that reads 3.08 TB/s: 11 us at batch 1, 32 at 8, 105 at 32; every page of
+// 131,072 tokens 191 us = 91% of that rate. What is over the floor is 6 us of a launch, four trips to memory in a row and the
+// combination.
+#include "attend_tile.cuh"
+#include "attend_visits.cuh"
 
 namespace fkv {
 namespace {
 
-constexpr int kSplitPages = 8;  // part of the numerics
-constexpr int kStrands = 8;     // part of the numerics
-constexpr int kThreads = kSplitPages * kWarp;
+constexpr const char* kCall = "fkv_attend";
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+constexpr int32_t kLeastStrands = 32, kMostStrands = 128;  // part of the numerics
+constexpr int kBlocks = 16 / kWarps;  // of up to 128 registers a thread: what a multiprocessor holds at a time
 
-// ---- the pages that one KV head visits ----
-
-// `front` sink pages (every page where the lane attends all), then its selection, then the window.
-struct Visits {
-  const int32_t *selected_page, *selected_slot;
-  int32_t front, selected, window, window_begin;
-
-  __device__ int32_t count() const { return front + selected + window; }
-};
-
-__device__ Visits visits_of(const fkv_cache& cache, const fkv_lane& lane, int32_t layer, int32_t head, int32_t position) {
-  const int32_t pages = position / cache.page_size + 1;
-  if (lane.attend_all) return {nullptr, nullptr, pages, 0, 0, pages};
-  const int64_t entry = lane_head(cache, layer, head);
-  const int32_t begin = window_begin(lane, position + 1, cache.page_size);
-  return {lane.selected_page + entry * lane.k, lane.selected_slot + entry * lane.k, min(lane.sink_pages, pages),
-          lane.k > 0 ? min(lane.n_selected[entry], lane.k) : 0, max(0, pages - begin), begin};
+// Strands of a KV head, a power of two; with few heads more, so that a long context has work for every multiprocessor.
+int32_t strands_of(const fkv_cache& cache) {
+  int32_t strands = kLeastStrands;
+  while (strands < kMostStrands && strands * cache.n_kv_heads < 8 * kLeastStrands) strands *= 2;
+  return strands;
 }
 
-// One visited page: where its K starts, and how many of its rows are attended.
-struct Page {
-  const char* keys;
-  int32_t rows;
+struct Job {
+  float* out;
+  const float* qkv;
+  unsigned* arrived;  // [row][KV head] blocks that are done; zeros between launches
+  Sums* sums;         // [row][KV head][strand][group]
+  float* values;      // [row][KV head][strand][group][d]: Σ 2^(score − maximum)·V
+  int32_t layer, strands;
 };
 
-// The i-th visited page; none past the last.
-__device__ Page visited(const fkv_cache& cache, const fkv_lane& lane, const Visits& visits, int32_t layer, int32_t head,
-                        int32_t position, int32_t i) {
-  if (i >= visits.count()) return {nullptr, 0};
-  int32_t page = i, frame;
-  if (i >= visits.front && i < visits.front + visits.selected) {
-    page = visits.selected_page[i - visits.front];
-    frame = lane.resident ? page : lane_frame_of_slot(lane, visits.selected_slot[i - visits.front]);
-  } else {
-    if (i >= visits.front) page = visits.window_begin + i - visits.front - visits.selected;
-    frame = lane_frame_of_window_page(lane, page);
-  }
-  require(frame >= 0 && frame < lane.n_frames);
-  return {lane_address(cache, lane, layer, frame, head, 0, 0), min(cache.page_size, position + 1 - page * cache.page_size)};
-}
-
-// ---- softmax in pieces ----
-
-// What one query head has of some tokens: the maximum of their scores, Σ exp(score − maximum) and, elsewhere, Σ exp(score − maximum)·V.
-struct Sums {
-  float maximum, total;
-};
-// How two pieces become one: both are scaled to the greater maximum.
-struct Scales {
-  float maximum, first, second;
-};
-__device__ __forceinline__ Scales scales_of(float first, float second) {
-  const float maximum = fmaxf(first, second);
-  return {maximum, expf(first - maximum), expf(second - maximum)};
-}
-__device__ __forceinline__ float combined(const Scales& scales, float first, float second) {
-  return fmaf(first, scales.first, __fmul_rn(second, scales.second));
-}
-
-// ---- one split, by the whole block ----
-
-// Shared memory. Query heads are taken H at a time: scores [sets][8·P][H], parts [8 warps][H][d] of Σ weight·V, strand [G][d] and
-// whole [G][d]: Σ weight·V of the strand, and of the strands before (one block a head only).
-struct Shared {
-  float *scores, *parts, *strand, *whole;
-};
-__device__ Shared shared_of(float* memory, int32_t set_heads, int32_t group, int32_t page_size, int32_t d) {
-  const int32_t sets = (group + set_heads - 1) / set_heads;
-  Shared shared{};
-  shared.scores = memory;
-  shared.parts = shared.scores + sets * set_heads * kSplitPages * page_size;
-  shared.strand = shared.parts + kSplitPages * set_heads * d;
-  shared.whole = shared.strand + group * d;
-  return shared;
-}
-
-// H scores of a token as one access.
-template <int H>
-struct alignas(4 * H) Heads {
-  float v[H];
+template <int N>
+struct alignas(4 * N) Floats {
+  float v[N];
 };
 
-// Scores of this warp's page for H query heads `q`; −inf past its rows. A row is shared by `width` lanes, eight channels each: ascending
-// in a lane, then the lanes' tree.
-template <class T, int H>
-__device__ __forceinline__ void score_page(float* scores, const fkv_cache& cache, const Page& page, const float* q, int32_t heads,
-                                           int32_t width) {
-  constexpr int kTurns = sizeof(T) == 2 ? 8 : 4;  // rows a lane has in flight
-  const int32_t lane = threadIdx.x % kWarp, d = cache.head_dim, c = 8 * (lane % width), rows = kWarp / width, member = lane / width;
-  float x[H][8];
+// How the block's threads share a set of heads: kThreads / 4 of them a head, kVector channels each, kPanel channels at a time.
+template <int D>
+struct Shares {
+  static constexpr int kPanel = D < 128 ? D : 128, kPanels = D / kPanel, kVector = kSetHeads * kPanel / kThreads;
+  static_assert(kVector >= 1);
+  static __device__ __forceinline__ int head() { return static_cast<int>(threadIdx.x) / (kThreads / kSetHeads); }
+  static __device__ __forceinline__ int channel() { return static_cast<int>(threadIdx.x) % (kThreads / kSetHeads) * kVector; }
+};
+
+// A strand's sums so far: of this thread's head and channels.
+template <int D, int S>
+struct Strand {
+  Sums sums[S];
+  float values[S][Shares<D>::kPanels][Shares<D>::kVector];
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-  for (int h = 0; h < H; ++h) {
+    for (int set = 0; set < S; ++set) {
+      sums[set] = {-INFINITY, 0.0f};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[h][i] = h < heads && c < d ? q[h * d + c + i] * cache.attention_scale : 0.0f;
-  }
-  for (int32_t first = member; first - member < cache.page_size; first += kTurns * rows) {
-    Packed<T> keys[kTurns];
-#pragma unroll
-    for (int j = 0; j < kTurns; ++j) {
-      const int32_t row = first + j * rows;
-      keys[j] = row < page.rows && c < d ? load_packed<T>(page.keys + row * cache.device.row + c * static_cast<int64_t>(sizeof(T)))
-                                         : packed_zeros<T>();
-    }
-#pragma unroll
-    for (int j = 0; j < kTurns; ++j) {
-      const int32_t row = first + j * rows;
-      const Eight k = unpack<T>(keys[j]);
-      Heads<H> out;
-#pragma unroll
-      for (int h = 0; h < H; ++h) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum = fmaf(x[h][i], k.v[i], sum);
-        for (int32_t step = width / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-        out.v[h] = row < page.rows ? sum : -INFINITY;
-      }
-      if (lane % width == 0 && row < cache.page_size) *reinterpret_cast<Heads<H>*>(scores + row * H) = out;
+      for (int i = 0; i < Shares<D>::kPanels * Shares<D>::kVector; ++i) values[set][0][i] = 0.0f;
     }
   }
-}
+};
 
-// One query head's scores of the split → weights, by one warp; the strand's sums take them in. `stride` floats between tokens.
-__device__ __forceinline__ void weigh_tokens(float* scores, int32_t stride, int32_t n, Sums* sums, Scales* scales, bool first) {
-  const int32_t lane = threadIdx.x % kWarp;
-  float maximum = -INFINITY, total = 0.0f;
-  for (int32_t t = lane; t < n; t += kWarp) maximum = fmaxf(maximum, scores[t * stride]);
-  maximum = warp_max(maximum);
-  for (int32_t t = lane; t < n; t += kWarp) {
-    const float weight = expf(scores[t * stride] - maximum);
-    scores[t * stride] = weight;
-    total += weight;
-  }
-  total = warp_sum(total);
-  if (lane != 0) return;
-  *scales = first ? Scales{maximum, 0.0f, 1.0f} : scales_of(sums->maximum, maximum);
-  *sums = {scales->maximum, first ? total : combined(*scales, sums->total, total)};
-}
+// The strands 0 .. n − 1 of one row's KV head → out, by the whole block. `weights`: shared, [group][n]; `totals`: [group]. A
+// thread reads the next strands while it adds those before; loops stay short, because few blocks come here and their
+// instructions are cold.
+__device__ __forceinline__ void combine_strands(float* out, const Job& job, int64_t first, int32_t n, int32_t group, int32_t d,
+                                                float* weights, float* totals) {
+  constexpr int kBatch = 8;
+  const int lane = threadIdx.x % kWarp;
+  const int32_t quarters = d / 4, items = group * quarters;
+  const auto load = [&](float4 (&to)[kBatch], int32_t item, int32_t begin) {
+    const float* from = job.values + first * group * d + int64_t{item} * 4;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      to[i] = __ldcg(reinterpret_cast<const float4*>(from + int64_t{min(begin + i, n - 1)} * group * d));
+  };
+  float4 now[kBatch], next[kBatch];
+  load(now, min(static_cast<int32_t>(threadIdx.x), items - 1), 0);
 
-// Σ weight·V of this warp's page for H query heads: a lane adds its rows, ascending; then the tree over the lanes of a channel.
-template <class T, int H>
-__device__ __forceinline__ void add_values(float* parts, const float* weights, const fkv_cache& cache, const Page& page, int32_t width) {
-  constexpr int kTurns = sizeof(T) == 2 ? 8 : 4;
-  const int32_t lane = threadIdx.x % kWarp, d = cache.head_dim, c = 8 * (lane % width), rows = kWarp / width, member = lane / width;
-  float sums[H][8] = {};
-  for (int32_t first = member; first < page.rows && c < d; first += kTurns * rows) {
-    Packed<T> values[kTurns];
-#pragma unroll
-    for (int j = 0; j < kTurns; ++j) {
-      const int32_t row = first + j * rows;
-      values[j] = row < page.rows ? load_packed<T>(page.keys + cache.device.kv + row * cache.device.row +
-                                                   c * static_cast<int64_t>(sizeof(T)))
-                                  : packed_zeros<T>();
+  for (int head = threadIdx.x / kWarp; head < group; head += kWarps) {
+    const auto sums_of = [&](int32_t strand) {
+      return __ldcg(reinterpret_cast<const float2*>(job.sums + (first + strand) * group + head));
+    };
+    const float2 own = lane < n ? sums_of(lane) : make_float2(-INFINITY, 0.0f);
+    float maximum = own.x, total = 0.0f;
+    for (int32_t strand = lane + kWarp; strand < n; strand += kWarp) maximum = fmaxf(maximum, sums_of(strand).x);
+    maximum = warp_max(maximum);
+    for (int32_t strand = lane; strand < n; strand += kWarp) {
+      const float2 sums = strand < kWarp ? own : sums_of(strand);
+      const float weight = exp2f(sums.x - maximum);
+      weights[head * n + strand] = weight;
+      total = fmaf(weight, sums.y, total);
     }
-#pragma unroll
-    for (int j = 0; j < kTurns; ++j) {
-      const int32_t row = first + j * rows;
-      if (row >= page.rows) continue;
-      const Eight v = unpack<T>(values[j]);
-      const Heads<H> weight = *reinterpret_cast<const Heads<H>*>(weights + row * H);
-#pragma unroll
-      for (int h = 0; h < H; ++h) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[h][i] = fmaf(weight.v[h], v.v[i], sums[h][i]);
-      }
-    }
-  }
-  for (int32_t step = width; step < kWarp; step *= 2) {
-#pragma unroll
-    for (int h = 0; h < H; ++h) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[h][i] += __shfl_xor_sync(kAllLanes, sums[h][i], step);
-    }
-  }
-  if (member != 0 || c >= d) return;
-#pragma unroll
-  for (int h = 0; h < H; ++h) {
-    *reinterpret_cast<float4*>(parts + h * d + c) = make_float4(sums[h][0], sums[h][1], sums[h][2], sums[h][3]);
-    *reinterpret_cast<float4*>(parts + h * d + c + 4) = make_float4(sums[h][4], sums[h][5], sums[h][6], sums[h][7]);
-  }
-}
-
-// The strand takes in the split whose warps' pages are `page`.
-template <class T, int H>
-__device__ void attend_split(const Shared& shared, Sums* sums, Scales* scales, const fkv_cache& cache, const Page& page, const float* q,
-                             int32_t width, bool first) {
-  const int32_t warp = threadIdx.x / kWarp, d = cache.head_dim, group = cache.n_q_heads / cache.n_kv_heads;
-  const int32_t tokens = kSplitPages * cache.page_size;
-  for (int32_t set = 0; set < group; set += H) {
-    score_page<T, H>(shared.scores + set * tokens + warp * cache.page_size * H, cache, page, q + set * d, group - set, width);
+    total = warp_sum(total);
+    if (lane == 0) totals[head] = total;
   }
   __syncthreads();
-  for (int32_t h = warp; h < group; h += kSplitPages)
-    weigh_tokens(shared.scores + h / H * H * tokens + h % H, H, tokens, sums + h, scales + h, first);
-  __syncthreads();
-  for (int32_t set = 0; set < group; set += H) {
-    add_values<T, H>(shared.parts + warp * H * d, shared.scores + set * tokens + warp * cache.page_size * H, cache, page, width);
-    __syncthreads();
-    const int32_t n = min(H, group - set) * d;
-    for (int32_t e = threadIdx.x; e < n; e += kThreads) {
-      float sum = shared.parts[e];
-      for (int32_t w = 1; w < kSplitPages; ++w) sum += shared.parts[w * H * d + e];
-      float& to = shared.strand[set * d + e];
-      to = first ? sum : combined(scales[set + e / d], to, sum);
+
+  for (int32_t item = threadIdx.x; item < items; item += kThreads) {
+    const int32_t head = item / quarters;
+    const float* weight = weights + head * n;
+    float4 sum{};
+    if (item >= kThreads) load(now, item, 0);
+#pragma unroll 1
+    for (int32_t begin = 0; begin < n; begin += kBatch) {
+      load(next, item, begin + kBatch);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (begin + i >= n) break;
+        const float each = weight[begin + i];
+        sum = make_float4(fmaf(each, now[i].x, sum.x), fmaf(each, now[i].y, sum.y), fmaf(each, now[i].z, sum.z),
+                          fmaf(each, now[i].w, sum.w));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) now[i] = next[i];
     }
-    __syncthreads();
+    const float total = totals[head];
+    *reinterpret_cast<float4*>(out + int64_t{item} * 4) = make_float4(sum.x / total, sum.y / total, sum.z / total, sum.w / total);
   }
 }
 
-// ---- the operation: kBlocks blocks a KV head and row ----
+// *count + 1, after what the block wrote and before what it reads next, as other blocks see it.
+__device__ __forceinline__ unsigned arrive(unsigned* count) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before + 1;
+}
 
-template <class T, int H, int kBlocks>
-__global__ void __launch_bounds__(kThreads, 2)
-    attend_kernel(float* out, const __grid_constant__ fkv_cache cache, const float* qkv, int32_t layer, int32_t width) {
-  static_assert(kBlocks == 1 || kBlocks == kStrands);
-  extern __shared__ __align__(16) float memory[];
-  __shared__ Sums strand_sums[kMaxGroup], whole_sums[kMaxGroup];
-  __shared__ Scales scales[kMaxGroup];
-  const int32_t rank = Cluster<kBlocks>::rank(), head = blockIdx.y, row_index = blockIdx.z, d = cache.head_dim;
-  const int32_t group = cache.n_q_heads / cache.n_kv_heads, n = group * d, thread = rank * kThreads + threadIdx.x;
-  const fkv_row& row = cache.rows[row_index];
-  float* to = out + (static_cast<int64_t>(row_index) * cache.n_kv_heads + head) * n;
-  if (row.sequence < 0) {
-    for (int32_t e = thread; e < n; e += kBlocks * kThreads) to[e] = 0.0f;
+// Block (KV head, row, rank): strands rank, rank + blocks, …
+template <class T, int D, int S>
+__global__ void __launch_bounds__(kThreads, D > 128 ? kBlocks / 2 : kBlocks)
+    attend_kernel(const __grid_constant__ fkv_cache cache, const __grid_constant__ Job job) {
+  typedef Shares<D> Share;
+  constexpr int kWidth = Share::kPanel + kPartPad;
+  __shared__ typename Tile<T, D, S>::Query query;
+  __shared__ __align__(16) float parts[kWarps][kSetHeads * kWidth];
+  __shared__ Sums tile_sums[kWarps][S * kSetHeads];
+  static_assert(kMostStrands * S * kSetHeads <= kWarps * kSetHeads * kWidth);  // combine_strands' weights
+  __shared__ float totals[S * kSetHeads];
+  __shared__ bool last;
+  const int32_t head = blockIdx.x, row_index = blockIdx.y, rank = blockIdx.z, blocks = gridDim.z, d = cache.head_dim;
+  const int32_t warp = threadIdx.x / kWarp, group = cache.n_q_heads / cache.n_kv_heads;
+  const int32_t pair = row_index * cache.n_kv_heads + head;
+  const int32_t sequence = cache.rows[row_index].sequence, position = cache.rows[row_index].position;
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float* q = group_query(cache, job.qkv, row_index, head);
+  // While it is on its way, so is what tells where pages lie.
+  Tile<T, D, S>::load_query(query, q, group, d, cache.attention_scale * kLog2E);
+  float* out = job.out + int64_t{pair} * group * d;
+  if (sequence < 0) {
+    if (rank == 0)
+      for (int e = threadIdx.x; e < group * d; e += kThreads) out[e] = 0.0f;
     return;
   }
-  const fkv_lane& lane = cache.lanes[row.sequence];
-  const float* q = group_query(cache, qkv, row_index, head);
-  const Visits visits = visits_of(cache, lane, layer, head, row.position);
-  const int32_t splits = (visits.count() + kSplitPages - 1) / kSplitPages, strands = min(splits, kStrands);
-  const Shared shared = shared_of(memory, H, group, cache.page_size, d);
+  const fkv_lane lane = cache.lanes[sequence];
+  const Visits visits = visits_of(cache, lane, job.layer, head, position);
+  const int32_t per_page = cache.page_size / kTile, tile_row = warp % per_page * kTile;
+  const auto place_of = [&](int32_t split) -> TilePlace {
+    const Visit visit = visited(cache, lane, visits, position, (split * kWarps + warp) / per_page);
+    return {lane_address(cache, lane, job.layer, visit.frame, head, 0, tile_row), cache.device.kv, cache.device.row,
+            min(kTile, max(0, visit.rows - tile_row)), d};
+  };
 
-  for (int32_t strand = rank; strand < strands; strand += kBlocks) {
-    for (int32_t split = strand; split < splits; split += kStrands) {
-      const Page page = visited(cache, lane, visits, layer, head, row.position, split * kSplitPages + threadIdx.x / kWarp);
-      attend_split<T, H>(shared, strand_sums, scales, cache, page, q, width, split == strand);
-    }
-    if (kBlocks > 1) break;
-    // The strands before and this one.
-    if (threadIdx.x < group) {
-      const Sums before = whole_sums[threadIdx.x], own = strand_sums[threadIdx.x];
-      const Scales both = scales_of(before.maximum, own.maximum);
-      scales[threadIdx.x] = both;
-      whole_sums[threadIdx.x] = strand == 0 ? own : Sums{both.maximum, combined(both, before.total, own.total)};
-    }
-    __syncthreads();
-    for (int32_t e = threadIdx.x; e < n; e += kThreads)
-      shared.whole[e] = strand == 0 ? shared.strand[e] : combined(scales[e / d], shared.whole[e], shared.strand[e]);
-    __syncthreads();
-  }
+  Tile<T, D, S> tile;
+  TilePlace place = place_of(rank);
+  const int32_t tiles = visits.count() * per_page, splits = (tiles + kWarps - 1) / kWarps, strands = min(splits, job.strands);
+  if (rank >= strands) return;
+  tile.load_keys(place);
+  tile.load_values(place);
+  __syncthreads();
 
-  Cluster<kBlocks>::sync();
-  float* q_prev = lane.q_prev + (static_cast<int64_t>(layer) * cache.n_q_heads + head * group) * d;
-  for (int32_t e = thread; e < n; e += kBlocks * kThreads) {
-    float sum = 0.0f;
-    Sums sums{0.0f, 0.0f};
-    if constexpr (kBlocks == 1) {
-      if (strands > 0) sums = whole_sums[e / d], sum = shared.whole[e];
-    } else {
-      for (int32_t strand = 0; strand < strands; ++strand) {
-        const Sums own = Cluster<kBlocks>::of(strand_sums, strand)[e / d];
-        const float value = Cluster<kBlocks>::of(shared.strand, strand)[e];
-        const Scales both = scales_of(sums.maximum, own.maximum);
-        sum = strand == 0 ? value : combined(both, sum, value);
-        sums = strand == 0 ? own : Sums{both.maximum, combined(both, sums.total, own.total)};
+  Strand<D, S> strand;
+  strand.clear();
+  int32_t number = rank;
+  for (int32_t split = rank; number < strands;) {
+    const bool ends = split + job.strands >= splits;
+    const int32_t next_number = ends ? number + blocks : number, next = ends ? next_number : split + job.strands;
+    const bool more = next_number < strands;
+    if (more) place = place_of(next);
+    tile.score(query);
+    if (more) tile.load_keys(place);
+    tile.weigh(tile_sums[warp]);
+#pragma unroll
+    for (int set = 0; set < S; ++set) {
+      float before, scales[kWarps];
+#pragma unroll
+      for (int panel = 0; panel < Share::kPanels; ++panel) {
+        tile.sum_values(parts[warp], kWidth, set, panel);
+        if (set == S - 1 && panel == Share::kPanels - 1 && more) tile.load_values(place);
+        __syncthreads();
+        const int h = set * kSetHeads + Share::head();
+        if (panel == 0) {
+          Sums& sums = strand.sums[set];
+          float maximum = sums.maximum;
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, tile_sums[w][h].maximum);
+          before = exp2f(sums.maximum - maximum);
+          sums = {maximum, sums.total * before};
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) {
+            scales[w] = exp2f(tile_sums[w][h].maximum - maximum);
+            sums.total = fmaf(scales[w], tile_sums[w][h].total, sums.total);
+          }
+        }
+#pragma unroll
+        for (int v = 0; v < Share::kVector; ++v) strand.values[set][panel][v] *= before;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float* from = parts[w] + Share::head() * kWidth + Share::channel();
+          const auto part = *reinterpret_cast<const Floats<Share::kVector>*>(from);
+#pragma unroll
+          for (int v = 0; v < Share::kVector; ++v) {
+            float& sum = strand.values[set][panel][v];
+            sum = fmaf(scales[w], part.v[v], sum);
+          }
+        }
+        __syncthreads();
       }
     }
-    to[e] = sum / sums.total;
-    q_prev[e] = q[e];
+    if (ends) {
+      const int64_t at = (int64_t{pair} * job.strands + number) * group;
+#pragma unroll
+      for (int set = 0; set < S; ++set) {
+        const int h = set * kSetHeads + Share::head();
+        if (h >= group) break;
+        if (Share::channel() == 0) job.sums[at + h] = strand.sums[set];
+#pragma unroll
+        for (int panel = 0; panel < Share::kPanels; ++panel) {
+          const int c = panel * Share::kPanel + Share::channel();
+          Floats<Share::kVector> piece;
+#pragma unroll
+          for (int v = 0; v < Share::kVector; ++v) piece.v[v] = strand.values[set][panel][v];
+          if (c < d) *reinterpret_cast<Floats<Share::kVector>*>(job.values + (at + h) * d + c) = piece;
+        }
+      }
+      strand.clear();
+    }
+    number = next_number;
+    split = next;
   }
-  Cluster<kBlocks>::sync();  // no block ends while another reads its strand
+
+  // Whoever comes last combines; what the others wrote is seen.
+  const unsigned all = min(blocks, strands);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = arrive(job.arrived + pair) == all;
+    if (last) job.arrived[pair] = 0;
+  }
+  __syncthreads();
+  if (last) combine_strands(out, job, int64_t{pair} * job.strands, strands, group, d, parts[0], totals);
+  if (rank == 0) {
+    // Nobody in this launch waits for it.
+    float* to = lane.q_prev + (int64_t{job.layer} * cache.n_q_heads + head * group) * d;
+    for (int e = threadIdx.x; e < group * d / 4; e += kThreads)
+      reinterpret_cast<float4*>(to)[e] = reinterpret_cast<const float4*>(q)[e];
+  }
 }
 
-template <class T, int H, int kBlocks>
-int32_t issue(const char* call, float* out, const fkv_cache& cache, const float* qkv, int32_t layer, int32_t n_rows, fkv_stream* stream) {
-  const int64_t group = group_of(cache), d = cache.head_dim, tokens = kSplitPages * cache.page_size;
-  const int64_t floats = divide_up(group, H) * H * tokens + kSplitPages * H * d + (kBlocks > 1 ? 1 : 2) * group * d;
-  return launch_clusters(stream, call, attend_kernel<T, H, kBlocks>, kBlocks, dim3(kBlocks, cache.n_kv_heads, n_rows), kThreads,
-                         static_cast<size_t>(floats) * sizeof(float), out, cache, qkv, layer, lanes_of_row(cache.head_dim));
+// ---- memory of its own ----
+
+constexpr int64_t kCounterUnit = 64;
+struct Layout {
+  int64_t sums, values, bytes;  // counters first
+};
+// The same for any number of rows: a launch of few must leave the counters of one of many alone.
+Layout layout_of(const fkv_cache& cache) {
+  const int64_t pairs = int64_t{cache.max_rows} * cache.n_kv_heads, partials = pairs * strands_of(cache) * group_of(cache);
+  const int64_t counters = divide_up(pairs, kCounterUnit) * kCounterUnit * static_cast<int64_t>(sizeof(unsigned));
+  const int64_t values = divide_up(counters + partials * static_cast<int64_t>(sizeof(Sums)), 256) * 256;
+  return {counters, values, values + partials * cache.head_dim * static_cast<int64_t>(sizeof(float))};
 }
 
-template <class T, int H>
-int32_t issue(const char* call, float* out, const fkv_cache& cache, const float* qkv, int32_t layer, int32_t n_rows, fkv_stream* stream) {
-  static_assert(kClusterBlocks == kStrands);
-  return has_clusters(stream) ? issue<T, H, kStrands>(call, out, cache, qkv, layer, n_rows, stream)
-                              : issue<T, H, 1>(call, out, cache, qkv, layer, n_rows, stream);
+template <class T, int D, int S>
+int32_t issue(const fkv_cache& cache, const Job& job, int32_t n_rows, fkv_stream* stream) {
+  // As many blocks a head as the multiprocessors take at a time, a power of two, so that they share long contexts evenly.
+  const int64_t slots = int64_t{stream->device->properties.multiProcessorCount} * (D > 128 ? kBlocks / 2 : kBlocks);
+  const int64_t pairs = int64_t{cache.n_kv_heads} * n_rows;
+  int32_t blocks = 1;
+  while (blocks < job.strands && 2 * blocks * pairs <= slots) blocks *= 2;
+  if (const int32_t status = side_kernel(stream, kCall, attend_kernel<T, D, S>, 0)) return status;
+  attend_kernel<T, D, S><<<dim3(cache.n_kv_heads, n_rows, blocks), kThreads, 0, stream->handle>>>(cache, job);
+  return launched(stream, kCall);
+}
+
+template <class T, int D>
+int32_t issue(const fkv_cache& cache, const Job& job, int32_t n_rows, fkv_stream* stream) {
+  const int32_t group = group_of(cache);
+  if (group <= kSetHeads) return issue<T, D, 1>(cache, job, n_rows, stream);
+  if (group <= 2 * kSetHeads) return issue<T, D, 2>(cache, job, n_rows, stream);
+  return issue<T, D, 4>(cache, job, n_rows, stream);
+}
+
+template <class T>
+int32_t issue(const fkv_cache& cache, const Job& job, int32_t n_rows, fkv_stream* stream) {
+  if (cache.head_dim <= 64) return issue<T, 64>(cache, job, n_rows, stream);
+  if (cache.head_dim <= 128) return issue<T, 128>(cache, job, n_rows, stream);
+  return issue<T, 256>(cache, job, n_rows, stream);
 }
 
 }  // namespace
@@ -308,18 +308,31 @@ int32_t issue(const char* call, float* out, const fkv_cache& cache, const float*
 
 using namespace fkv;
 
+int32_t fkv_attend_scratch_bytes(uint64_t* bytes, const fkv_cache* cache) {
+  const char* call = "fkv_attend_scratch_bytes";
+  FKV_REQUIRE(bytes != nullptr, FKV_BAD_ARGUMENT, "%s: bytes is null", call);
+  if (const int32_t status = check_cache(call, cache)) return status;
+  *bytes = static_cast<uint64_t>(layout_of(*cache).bytes);
+  return FKV_OK;
+}
+
 int32_t fkv_attend(float* out, const fkv_cache* cache, float* qkv, int32_t layer, int32_t n_rows, fkv_stream* stream) {
-  const char* call = "fkv_attend";
-  if (const int32_t status = check_step(call, cache, layer, n_rows)) return status;
-  FKV_REQUIRE(out != nullptr && qkv != nullptr, FKV_BAD_ARGUMENT, "%s: %s is null", call, out == nullptr ? "out" : "qkv");
-  if (const int32_t status = require_query_shape(call, *cache)) return status;
-  if (const int32_t status = ready(stream, call)) return status;
+  if (const int32_t status = check_step(kCall, cache, layer, n_rows)) return status;
+  FKV_REQUIRE(out != nullptr && qkv != nullptr && cache->attend_scratch != nullptr, FKV_BAD_ARGUMENT, "%s: %s is null", kCall,
+              out == nullptr ? "out" : qkv == nullptr ? "qkv" : "cache.attend_scratch");
+  if (const int32_t status = require_query_shape(kCall, *cache)) return status;
+  if (const int32_t status = require_aligned(kCall, "out", out)) return status;
+  if (const int32_t status = require_aligned(kCall, "qkv", qkv)) return status;
+  if (const int32_t status = ready(stream, kCall)) return status;
   if (n_rows == 0) return FKV_OK;
-  return with_dtype(cache->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int32_t group = group_of(*cache);
-    if (group == 1) return issue<T, 1>(call, out, *cache, qkv, layer, n_rows, stream);
-    if (group == 2) return issue<T, 2>(call, out, *cache, qkv, layer, n_rows, stream);
-    return issue<T, 4>(call, out, *cache, qkv, layer, n_rows, stream);
-  });
+  const Layout layout = layout_of(*cache);
+  char* memory = static_cast<char*>(cache->attend_scratch);
+  const Job job{out,
+                qkv,
+                reinterpret_cast<unsigned*>(memory),
+                reinterpret_cast<Sums*>(memory + layout.sums),
+                reinterpret_cast<float*>(memory + layout.values),
+                layer,
+                strands_of(*cache)};
+  return with_dtype(cache->dtype, [&](auto zero) { return issue<decltype(zero)>(*cache, job, n_rows, stream); });
 }

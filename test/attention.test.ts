@@ -191,6 +191,28 @@ test("scores far beyond exp's range neither overflow nor vanish", () => {
   assertLess(worst(out, rig.expected(story, spec, 144, q)), 2e-3); // scores near 1000 carry f32's 6e-5
 });
 
+test("a context of thousands of tokens agrees with float64, and its bits do not depend on the batch", {
+  timeout: 30_000,
+}, () => {
+  for (const dtype of ["bf16", "f32"] as const) {
+    using rig = new Rig({ kvHeads: 8, group: 1, headDim: 8, dtype });
+    const random = new Random(26);
+    const tokens = 5003; // more splits than strands, on CUDA, and some strands of two
+    const spec = { sinkPages: 0, windowPages: 1, attendAll: true };
+    const story = rig.story(random, tokens);
+    const lane = rig.lane(spec, story);
+    const width = rig.qHeads * rig.headDim;
+    const q = random.normals(width);
+    const row = { lane, position: tokens - 1 };
+    const alone = rig.attend([row], q);
+    assert(worst(alone, rig.expected(story, spec, tokens - 1, q)) < 5e-6, dtype);
+    assert(alone.some((x) => Math.abs(x) > 0.01));
+    const together = rig.attend([row, row, row, row], Float32Array.from([...q, ...q, ...q, ...q]));
+    for (let r = 0; r < 4; r++)
+      assertEquals(bits(together.slice(r * width, (r + 1) * width)), bits(alone), `row ${r}, ${dtype}`);
+  }
+});
+
 test("one captured attention serves every length", () => {
   using rig = new Rig({ headDim: 32, group: 2 });
   const random = new Random(19);
@@ -226,7 +248,7 @@ test("what attention cannot run on is refused at the call, in words", () => {
   refused(() => decode({ frame_bytes: 64 }), "frame_bytes is 64");
   refused(() => decode({ lanes: null }), "cache.lanes is null");
   refused(() => decode({ device: { ...rig.frames(0), row: 8 } }), "multiples of 16 bytes");
-  const chunk = { layer: 0, start: 0, n: 1, qkv: memory, out: memory, frames: rig.frames(memory) };
+  const chunk = { layer: 0, start: 0, n: 1, family: 0, qkv: memory, out: memory, frames: rig.frames(memory) };
   const attend = (changes: Partial<typeof chunk> | { out: null } | { frames: null }): unknown =>
     rig.device.call(
       "fkv_prefill_attend",

@@ -77,6 +77,7 @@ export class Rig implements Disposable {
     readonly spec: LaneSpec;
   }[] = [];
   readonly #lanes: DeviceBuffer;
+  readonly #scratch: DeviceBuffer | null = null; // of fkv_attend
   readonly #kept: Disposable[] = []; // nothing a struct points to may be collected
 
   constructor(options: RigOptions = {}) {
@@ -95,6 +96,9 @@ export class Rig implements Disposable {
     this.stream = this.device.stream();
     this.rows = this.device.alloc(size.fkv_row * this.maxRows);
     this.#lanes = this.device.alloc(size.fkv_lane * 8);
+    const bytes = new BigUint64Array(1);
+    this.device.call("fkv_attend_scratch_bytes", bytes, this.cache());
+    this.#scratch = this.upload(new Uint8Array(Number(bytes[0])));
   }
 
   get qHeads(): number {
@@ -177,6 +181,7 @@ export class Rig implements Disposable {
       flags: null,
       counters: null,
       forced: null,
+      attend_scratch: this.#scratch,
       ...changes,
     });
   }
