@@ -13,7 +13,7 @@ int32_t refuse_while_capturing(fkv_device* device, const char* call) {
 
 cudaError_t end_capture(fkv_device* device, const std::shared_ptr<Capture>& capture, cudaGraph_t* graph) {
   const cudaError_t error = cudaStreamEndCapture(capture->origin->handle, graph);
-  for (fkv_stream* stream : capture->streams) stream->capture.reset();
+  for (fkv_stream* stream : capture->streams) stream->leave();
   capture->streams.clear();
   capture->ended = true;
   device->captures.erase(std::find(device->captures.begin(), device->captures.end(), capture));
@@ -41,10 +41,10 @@ int32_t fkv_capture_begin(fkv_stream* stream) {
     capture->thread = std::this_thread::get_id();
     capture->origin = stream;
     capture->streams = {stream};
-    const cudaError_t error = cudaStreamBeginCapture(stream->handle, cudaStreamCaptureModeThreadLocal);
+    const cudaError_t error = cudaStreamBeginCapture(stream->own, cudaStreamCaptureModeThreadLocal);
     if (const int32_t status = status_of(device, error, "fkv_capture_begin")) return status;
     device->captures.push_back(capture);
-    stream->capture = std::move(capture);
+    stream->enter(capture);
     return FKV_OK;
   });
 }

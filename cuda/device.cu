@@ -127,7 +127,8 @@ int32_t drain(fkv_device* device, const char* call) {
   {
     const std::lock_guard<std::mutex> issue(device->issue);
     for (const auto& [handle, stream] : device->streams) {
-      if (!stream->capture) streams.push_back(stream->handle);
+      if (stream->shared) streams.push_back(stream->shared->handle);
+      else if (!stream->capture) streams.push_back(stream->handle);
     }
   }
   int32_t status = device->check_failure();

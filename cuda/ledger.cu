@@ -21,11 +21,11 @@ int32_t Ledger::require_free(const void* memory, uint64_t bytes) const {
   const auto after = ranges_.lower_bound(start + bytes);
   const bool overlaps = after != ranges_.begin() && std::prev(after)->first + std::prev(after)->second.bytes > start;
   FKV_REQUIRE(!overlaps, FKV_BAD_ARGUMENT, "memory: part of it is device memory or pinned already");
-  return FKV_OK;
+  return growths.require_none(memory, bytes, "memory");
 }
 
 int32_t Ledger::take_out(uint64_t* bytes, const void* memory, Kind kind) {
-  constexpr const char* kGivers[] = {"fkv_device_alloc", "fkv_host_alloc", "fkv_host_register"};
+  constexpr const char* kGivers[] = {"fkv_device_alloc", "fkv_host_alloc", "fkv_host_register", "fkv_host_reserve"};
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = ranges_.find(reinterpret_cast<uintptr_t>(memory));
   FKV_REQUIRE(found != ranges_.end() && found->second.kind == kind, FKV_BAD_ARGUMENT,
@@ -55,6 +55,7 @@ int32_t Ledger::locate(Place* place, const void* memory, uint64_t bytes, const c
   }
   FKV_REQUIRE(after == ranges_.end() || after->first >= start + bytes, FKV_BAD_ARGUMENT,
               "%s: begins before a device or pinned allocation and runs into it", what);
+  if (const int32_t status = growths.require_none(memory, bytes, what)) return status;
   *place = Place::kPageable;
   return FKV_OK;
 }

@@ -12,12 +12,23 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "entry.h"
 #include "ledger.h"
 
 namespace fkv {
+
+// What of CUDA's is one for all fkv_devices of an ordinal.
+struct ComputeStream {
+  cudaStream_t handle;
+
+  explicit ComputeStream(cudaStream_t made) : handle(made) {}
+  ~ComputeStream();
+  ComputeStream(const ComputeStream&) = delete;
+  ComputeStream& operator=(const ComputeStream&) = delete;
+};
 
 // First word of every live handle, so that a null, stray or destroyed one is told apart.
 constexpr uint64_t kDeviceMagic = 0x666b762064657632, kStreamMagic = 0x666b762073747232;
@@ -72,9 +83,22 @@ struct fkv_stream {
   fkv_device* device;
   cudaStream_t handle;
   std::shared_ptr<fkv::Capture> capture{};  // guarded by device->issue
+  // Of the compute stream: where work goes, and what captures in its place, since another fkv_device may issue to it meanwhile.
+  std::shared_ptr<fkv::ComputeStream> shared{};
+  cudaStream_t own;
+  int32_t uses = 1;  // calls of fkv_stream_compute that were not answered
 
-  fkv_stream(fkv_device* owner, cudaStream_t made) : device(owner), handle(made) {}
+  fkv_stream(fkv_device* owner, cudaStream_t made) : device(owner), handle(made), own(made) {}
   ~fkv_stream();
+  // With the device's `issue` held: a capture takes the stream, or leaves it.
+  void enter(const std::shared_ptr<fkv::Capture>& taking) {
+    handle = own;
+    capture = taking;
+  }
+  void leave() {
+    if (shared) handle = shared->handle;
+    capture.reset();
+  }
 };
 
 struct fkv_event {
@@ -106,10 +130,12 @@ struct fkv_device {
 
   std::mutex issue{};
   std::unordered_map<const fkv_stream*, std::unique_ptr<fkv_stream>> streams{};
+  fkv_stream* compute = nullptr;  // of `streams`, once it was asked for
   std::unordered_map<const fkv_event*, std::unique_ptr<fkv_event>> events{};
   std::unordered_map<const fkv_graph*, std::unique_ptr<fkv_graph>> graphs{};
   std::unordered_map<const fkv_module*, std::shared_ptr<fkv_module>> modules{};
   std::vector<std::shared_ptr<fkv::Capture>> captures{};  // in progress
+  std::unordered_set<const void*> side_kernels{};         // whose shared memory is divided as a dense chain's
 
   std::mutex failure_mutex{};
   std::string failure{};      // why the device failed; empty while it has not

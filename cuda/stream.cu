@@ -2,11 +2,17 @@
 // would cross the boundary of a capture.
 #include <algorithm>
 #include <chrono>
+#include <map>
 
 #include "runtime.cuh"
 
+fkv::ComputeStream::~ComputeStream() {
+  cudaStreamDestroy(handle);  // of the current device or not
+  cudaGetLastError();
+}
+
 fkv_stream::~fkv_stream() {
-  cudaStreamDestroy(handle);
+  cudaStreamDestroy(own);
   cudaGetLastError();
   magic = 0;
 }
@@ -73,6 +79,27 @@ int32_t check_pair(const fkv_event* event, const fkv_stream* stream, const char*
   return ready(stream->device, call);
 }
 
+// Its blocks go before those of other streams: what runs there is what a token waits for.
+cudaError_t create_first(cudaStream_t* made) {
+  int last = 0, first = 0;
+  if (const cudaError_t error = cudaDeviceGetStreamPriorityRange(&last, &first)) return error;
+  return cudaStreamCreateWithPriority(made, cudaStreamNonBlocking, first);
+}
+
+// The compute stream of an ordinal. It lives as long as some fkv_device of the process uses it.
+cudaError_t shared_compute(std::shared_ptr<ComputeStream>* shared, int ordinal) {
+  static std::mutex mutex;
+  static std::map<int, std::weak_ptr<ComputeStream>> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  *shared = streams[ordinal].lock();
+  if (*shared) return cudaSuccess;
+  cudaStream_t made = nullptr;
+  if (const cudaError_t error = create_first(&made)) return error;
+  *shared = std::make_shared<ComputeStream>(made);
+  streams[ordinal] = *shared;
+  return cudaSuccess;
+}
+
 // Waits until what the stream holds now is done. Refused while the stream captures.
 int32_t synchronize(fkv_stream* stream, const char* call) {
   {
@@ -101,6 +128,30 @@ int32_t fkv_stream_create(fkv_stream** stream, fkv_device* device) {
   });
 }
 
+int32_t fkv_stream_compute(fkv_stream** stream, fkv_device* device) {
+  return guarded([&]() -> int32_t {
+    constexpr const char* kCall = "fkv_stream_compute";
+    FKV_REQUIRE(stream != nullptr, FKV_BAD_ARGUMENT, "stream: null");
+    if (const int32_t status = ready(device, kCall)) return status;
+    const std::lock_guard<std::mutex> issue(device->issue);
+    if (device->compute != nullptr) {
+      ++device->compute->uses;
+      *stream = device->compute;
+      return FKV_OK;
+    }
+    std::shared_ptr<ComputeStream> shared;
+    if (const int32_t status = status_of(device, shared_compute(&shared, device->ordinal), kCall)) return status;
+    cudaStream_t own = nullptr;
+    if (const int32_t status = status_of(device, create_first(&own), kCall)) return status;
+    auto made = std::make_unique<fkv_stream>(device, own);
+    made->shared = std::move(shared);
+    made->leave();
+    *stream = device->compute = made.get();
+    device->streams.emplace(*stream, std::move(made));
+    return FKV_OK;
+  });
+}
+
 int32_t fkv_stream_destroy_sync(fkv_stream* stream) {
   return guarded([&]() -> int32_t {
     if (const int32_t status = check(stream)) return status;
@@ -108,6 +159,8 @@ int32_t fkv_stream_destroy_sync(fkv_stream* stream) {
     const int32_t status = synchronize(stream, "fkv_stream_destroy_sync");
     if (status != FKV_OK && status != FKV_DEVICE_FAILED) return status;
     const std::lock_guard<std::mutex> issue(device->issue);
+    if (--stream->uses > 0) return FKV_OK;
+    if (device->compute == stream) device->compute = nullptr;
     device->streams.erase(stream);
     return FKV_OK;
   });
@@ -132,11 +185,11 @@ int32_t fkv_stream_wait_event(fkv_event* event, fkv_stream* stream) {
     } else {
       FKV_REQUIRE(event->recorded, FKV_NOT_RECORDED, "fkv_stream_wait_event: the event was never recorded");
     }
-    const cudaError_t error = cudaStreamWaitEvent(stream->handle, event->handle, 0);
+    const cudaError_t error = cudaStreamWaitEvent(joins ? stream->own : stream->handle, event->handle, 0);
     if (const int32_t status = status_of(stream->device, error, "fkv_stream_wait_event")) return status;
     if (joins) {
       event->capture->streams.push_back(stream);
-      stream->capture = event->capture;
+      stream->enter(event->capture);
     }
     return FKV_OK;
   });

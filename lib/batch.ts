@@ -149,8 +149,24 @@ export class Batch implements Disposable {
       const behind = [...this.#runs].filter((run) => run.behind);
       if (behind.length === 0 || this.#inFlight.length >= ringEntries - 1) return;
       const drawing = behind.filter((run) => run.launch(run.launched).draw);
+      if (drawing.length === 0 && !this.#blocksReady(behind)) return;
       this.#launch(drawing.length ? drawing : behind, drawing.length > 0);
     }
+  }
+
+  /** Whether every block that the next step needs is pinned; the pool grows ahead, so that they nearly always are. */
+  #blocksReady(runs: readonly Run[]): boolean {
+    let ready = true;
+    for (const run of runs) {
+      try {
+        run.state.check();
+        ready = this.#core.pool.ready([run.state.reserve()]) && ready;
+      } catch (error) {
+        this.#reject(run, error);
+        ready = false; // they are looked at anew
+      }
+    }
+    return ready;
   }
 
   #launch(runs: readonly Run[], draw: boolean): void {

@@ -1,8 +1,9 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The device state that all sequences of an engine share: tables, control ring, results ring, workspaces.
-import { pack, size } from "../ffi/structs.ts";
+import { offsets, pack, size } from "../ffi/structs.ts";
 import type { Device, DeviceBuffer, PinnedBuffer } from "./device.ts";
 import { dtypeCode, type Geometry, type Strides } from "./geometry.ts";
+import { Owned } from "./owned.ts";
 import type { HostPool } from "./pages.ts";
 
 /** Control entries in flight: the host writes entry s only after it has seen step s − ring complete. */
@@ -25,14 +26,17 @@ export interface Frames extends Strides {
   readonly shift: number;
 }
 
-/** Memory of one retrieval in flight. */
+/** Memory of one retrieval in flight. `misses` is replaced where the lists become longer. */
 export interface Workspace {
   readonly packed: ArrayBuffer;
-  readonly fields: { scores: number; n_misses: number; misses: number };
+  readonly fields: {
+    readonly scores: number;
+    readonly raw: number;
+    readonly n_misses: number;
+    misses: number;
+  };
   readonly nMisses: DeviceBuffer;
-  readonly misses: DeviceBuffer;
-  /** Misses a head can list. */
-  readonly width: number;
+  misses: DeviceBuffer;
 }
 
 export class Cache implements Disposable {
@@ -58,13 +62,16 @@ export class Cache implements Disposable {
   /** Pinned, a lane: what that selection counted. */
   readonly firstCounts: PinnedBuffer;
   readonly counters: DeviceBuffer;
-  /** Nanoseconds that attention waited, in all, and where a wait began. */
+  /** Nanoseconds that attention waited, in all (and the clock where a retrieval last ended), and where a wait began. */
   readonly stall: DeviceBuffer;
   readonly stallMark: DeviceBuffer;
   readonly sampleScratch: DeviceBuffer;
+  readonly #device: Device;
   readonly #owned: Disposable[] = [];
+  #slots = 1;
 
   constructor(device: Device, geometry: Geometry, pool: HostPool, o: CacheOptions) {
+    this.#device = device;
     this.geometry = geometry;
     this.pool = pool;
     this.maxRows = o.maxRows;
@@ -77,12 +84,17 @@ export class Cache implements Disposable {
     const g = geometry;
     // The largest first: what does not fit is refused before anything is touched.
     const workspace = (): Workspace => {
-      const width = g.maxPages;
-      const misses = alloc(size.fkv_miss * maxRows * g.kvHeads * width);
+      const misses = this.#missLists(1);
       const nMisses = alloc(4 * maxRows * g.kvHeads);
       const scores = alloc(4 * maxRows * g.kvHeads * g.maxPages);
-      const fields = { scores: scores.address, n_misses: nMisses.address, misses: misses.address };
-      return { packed: pack.fkv_workspace(fields), fields, nMisses, misses, width };
+      const raw = alloc((scores.bytes * g.heads) / g.kvHeads);
+      const fields = {
+        scores: scores.address,
+        raw: raw.address,
+        n_misses: nMisses.address,
+        misses: misses.address,
+      };
+      return { packed: pack.fkv_workspace(fields), fields, nMisses, misses };
     };
     this.now = workspace();
     this.next = workspace();
@@ -93,12 +105,12 @@ export class Cache implements Disposable {
     this.flags = alloc(g.layers * maxRows * g.kvHeads);
     this.step = alloc(4);
     this.zeroStep = alloc(4);
-    this.stall = alloc(8);
+    this.stall = alloc(16);
     this.stallMark = alloc(8);
     this.first = alloc(maxRows * size.fkv_row);
     this.counters = alloc(maxRows * size.fkv_counters);
     this.firstCounts = own(device.pinned(o.maxLanes * size.fkv_counters));
-    this.sampleScratch = alloc(8 * o.vocab * maxRows);
+    this.sampleScratch = alloc(8 * o.vocab * maxRows + 64);
     this.control = own(device.pinned(ringEntries * maxRows * size.fkv_row));
     this.results = own(device.pinned(ringEntries * maxRows * size.fkv_result));
     const strides = { base: 0, chunks: 0, shift: 0 };
@@ -111,7 +123,7 @@ export class Cache implements Disposable {
       page_size: g.pageSize,
       max_rows: maxRows,
       max_pages: g.maxPages,
-      max_slots: this.now.width,
+      max_slots: this.#slots,
       pooling: o.pooling,
       score_scale: o.scoreScale,
       attention_scale: 1 / Math.sqrt(g.headDim),
@@ -128,16 +140,47 @@ export class Cache implements Disposable {
       flags: this.flags.address,
       counters: this.counters.address,
       forced: o.forced ?? 0,
+      attend_scratch: 0,
     });
+    const bytes = new BigUint64Array(1);
+    device.lib.fkv_attend_scratch_bytes(bytes, this.packed);
+    const scratch = alloc(Number(bytes[0]));
+    new DataView(this.packed).setBigUint64(offsets.fkv_cache.attend_scratch, BigInt(scratch.address), true);
     using stream = device.stream();
-    for (const zeroed of [this.step, this.zeroStep, this.stall, this.flags, this.blockTable])
-      stream.memset(zeroed, 0, zeroed.bytes);
+    const zeros = [this.step, this.zeroStep, this.stall, this.flags, this.blockTable];
+    for (const zeroed of [...zeros, this.sampleScratch, scratch]) stream.memset(zeroed, 0, zeroed.bytes);
     stream.synchronize();
+  }
+
+  /** The most misses that a head can list: lanes have at most so many slots. */
+  get slots(): number {
+    return this.#slots;
+  }
+
+  /** Makes the lists that long, where they are not. Waits for the device; what captured the old ones must not run again. */
+  widen(slots: number): void {
+    if (slots <= this.#slots) return;
+    const workspaces = [this.now, this.next];
+    using made = new Owned();
+    const lists = workspaces.map(() => made.use(this.#missLists(slots)));
+    made.move();
+    for (const [i, workspace] of workspaces.entries()) {
+      workspace.misses[Symbol.dispose]();
+      workspace.misses = lists[i] as DeviceBuffer;
+      workspace.fields.misses = workspace.misses.address;
+      pack.fkv_workspace(workspace.fields, { into: workspace.packed, at: 0 });
+    }
+    this.#slots = slots;
+    new DataView(this.packed).setInt32(offsets.fkv_cache.max_slots, slots, true);
+  }
+
+  #missLists(slots: number): DeviceBuffer {
+    return this.#device.alloc(size.fkv_miss * this.maxRows * this.geometry.kvHeads * slots);
   }
 
   /** The host pool as frames: page index = block id. */
   get hostFrames(): Frames {
-    return { base: 0, chunks: this.pool.hostTable.address, shift: this.pool.shift, ...this.geometry.host };
+    return { base: this.pool.base, chunks: 0, shift: 0, ...this.geometry.host };
   }
 
   /** Device memory at `base`, `frames` pages a layer, as frames. */
@@ -146,6 +189,6 @@ export class Cache implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    for (const buffer of this.#owned) buffer[Symbol.dispose]();
+    for (const buffer of [...this.#owned, this.now.misses, this.next.misses]) buffer[Symbol.dispose]();
   }
 }

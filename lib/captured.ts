@@ -38,6 +38,12 @@ export class CapturedOrchestration implements Disposable, Stages {
   /** A graph ends with its branch joined: nothing runs beside compute between steps. */
   quiesce(): void {}
 
+  /** Memory of the cache was replaced: the next step of each bucket captures anew. */
+  forget(): void {
+    for (const graph of this.#graphs.values()) graph[Symbol.dispose]();
+    this.#graphs.clear();
+  }
+
   // One launch: QK-norm, RoPE, append, check, then the retrieval of flagged heads; see correct().
   prepare(): void {}
   check(): void {}
@@ -89,7 +95,7 @@ export class CapturedOrchestration implements Disposable, Stages {
   }
 
   [Symbol.dispose](): void {
-    for (const graph of this.#graphs.values()) graph[Symbol.dispose]();
+    this.forget();
     for (const event of [...this.#attended, this.#branch]) event[Symbol.dispose]();
   }
 }

@@ -1,6 +1,6 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The inside of an engine: what is loaded once, and the sequences that live on it.
-import { FKV_FIRST, FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
+import { FKV_DECODE, FKV_FAST, FKV_FIRST, FKV_PREFILL, FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
 import { pack, size } from "../ffi/structs.ts";
 import { Cache } from "./cache.ts";
 import { CapturedOrchestration } from "./captured.ts";
@@ -8,7 +8,7 @@ import { PageCopier } from "./copier.ts";
 import { Check } from "./correct.ts";
 import type { Decoder } from "./decoder.ts";
 import { DenseQueue } from "./dense.ts";
-import type { Device, Stream } from "./device.ts";
+import type { Device, DeviceBuffer, Stream } from "./device.ts";
 import { unlessFailed } from "./errors.ts";
 import { dtypeCode, type Geometry, geometryOf } from "./geometry.ts";
 import { HostOrchestration } from "./host.ts";
@@ -18,7 +18,7 @@ import type { Policy } from "./options.ts";
 import { Owned } from "./owned.ts";
 import { HostPool } from "./pages.ts";
 import { type Plan, planOf } from "./plan.ts";
-import { Prefill } from "./prefill.ts";
+import { defaultChunk, Prefill } from "./prefill.ts";
 import { GatherRecall, type Recall } from "./recall.ts";
 import { FragmentedRecall } from "./recall-listed.ts";
 import { StagedRecall } from "./recall-staged.ts";
@@ -34,6 +34,8 @@ export type CoreOptions = Omit<EngineOptions, keyof TaskOptions> & {
   hostBytes: number;
   /** For tests: leave out this wait. */
   omitWait?: WaitName | undefined;
+  /** For measurements on weights that mean nothing: flags and selections are those of `Core.force`. */
+  forced?: boolean | undefined;
 };
 
 const estimates = {
@@ -54,6 +56,7 @@ export class Core implements Disposable {
   readonly laneMemory: LaneMemory;
   readonly options: CoreOptions;
   readonly #freeLanes: number[];
+  readonly #forced: DeviceBuffer | null;
   #owned: Owned;
 
   private constructor(device: Device, compute: Stream, network: Network, o: CoreOptions, owned: Owned) {
@@ -76,6 +79,8 @@ export class Core implements Disposable {
     });
     const maxRows = 2 ** Math.ceil(Math.log2(o.maxSequences)); // the largest bucket
     const { pooling, scaled } = estimates[o.estimate ?? "freekv"];
+    this.#forced = o.forced ? owned.use(device.alloc(size.fkv_forced)) : null;
+    if (this.#forced) compute.memset(this.#forced, 0);
     this.pool = owned.use(new HostPool(device, this.geometry, o.hostBytes));
     this.cache = owned.use(
       new Cache(device, this.geometry, this.pool, {
@@ -84,6 +89,7 @@ export class Core implements Disposable {
         vocab: config.vocab,
         pooling,
         scoreScale: scaled ? 1 / Math.sqrt(config.headDim) : 1,
+        forced: this.#forced?.address ?? 0,
       }),
     );
     const waits = new Waits(o.omitWait);
@@ -94,13 +100,17 @@ export class Core implements Disposable {
     };
     const dtype = dtypeCode[config.dtype];
     const split = o.chain === "split";
+    const fast = device.backend === "cuda" && (o.numerics ?? "fast") === "fast";
     this.decoder = {
       device,
       network,
       cache: this.cache,
       act: owned.use(new Activations(device, config, maxRows)),
       dense: owned.use(
-        new DenseQueue(device, compute, { dtype, eps: config.eps, split, maxRows, ...network.widest }),
+        new DenseQueue(device, compute, {
+          ...{ dtype, eps: config.eps, split, maxRows, ...network.widest },
+          family: FKV_DECODE,
+        }),
       ),
       logits: owned.use(device.alloc(4 * config.vocab * maxRows)).address,
       compute,
@@ -115,6 +125,8 @@ export class Core implements Disposable {
       new Prefill(this.decoder, this.copier, new Waits(o.omitWait), {
         split,
         dtype,
+        family: fast ? FKV_FAST : FKV_PREFILL,
+        chunkTokens: o.prefillChunk ?? defaultChunk(device, config, o.maxContext),
         prefillKv: o.prefillKv ?? "device",
       }),
     );
@@ -135,7 +147,7 @@ export class Core implements Disposable {
   ): Promise<Core> {
     using owned = new Owned();
     owned.use(device);
-    const compute = owned.use(device.stream());
+    const compute = owned.use(device.computeStream());
     const network = owned.use(await Network.load(device, checkpoint, compute, task));
     const core = new Core(device, compute, network, options, owned);
     core.#owned = owned.move();
@@ -147,6 +159,11 @@ export class Core implements Disposable {
     using event = this.device.event();
     this.decoder.compute.record(event);
     await event.done();
+  }
+  /** Of an engine made with `forced`: how the steps issued from here on flag and select; zeros: as they are. */
+  force(forced: { flagged: number; period: number }): void {
+    if (!this.#forced) throw new Error("this engine was made without `forced`");
+    this.decoder.compute.write(this.#forced, new Uint8Array(pack.fkv_forced(forced)));
   }
   get hasLane(): boolean {
     return this.#freeLanes.length > 0;
@@ -160,6 +177,14 @@ export class Core implements Disposable {
 
   plan(policy: Policy): Plan {
     return planOf(policy, this.geometry.pageSize, this.geometry.maxPages, this.options.slots);
+  }
+
+  /** Makes room for lanes of this plan. */
+  admit(plan: Plan): void {
+    if (plan.slots <= this.cache.slots) return;
+    this.orchestration.quiesce();
+    this.cache.widen(plan.slots);
+    this.orchestration.forget();
   }
 
   /** Fills a lane whose partial page, q and logits are there: sink and window (or every page) from the host, then the selection that

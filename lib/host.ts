@@ -50,6 +50,9 @@ export class HostOrchestration implements Disposable, Stages {
     for (let layer = 0; layer < this.#speculations.length; layer++) this.awaitSpeculation(layer);
   }
 
+  /** Nothing is kept of a step but what quiesce() ends. */
+  forget(): void {}
+
   prepare(layer: number): void {
     const { network, act, cache, compute, device } = this.#d;
     network.rope(act, layer, cache.positions.address, this.#rows.length, compute);

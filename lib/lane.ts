@@ -11,7 +11,7 @@ const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;
 /** Device memory that is kept for a next use, of each kind. */
 export const keptBytes: number = 64 * 2 ** 20;
 
-/** Sizes are rounded up to eighths of a power of two, so that lanes of like length fit each other's memory. */
+/** What depends on a length is rounded up to eighths of a power of two, so that lanes of like length fit each other's memory. */
 const sizeClass = (bytes: number): number => {
   const step = 2 ** Math.max(8, Math.floor(Math.log2(bytes)) - 3);
   return Math.ceil(bytes / step) * step;
@@ -27,8 +27,8 @@ export class LaneMemory implements Disposable {
   constructor(device: Device) {
     this.#device = device;
   }
-  take(bytes: number): DeviceBuffer {
-    const size = sizeClass(bytes);
+  take(bytes: number, plan: Plan): DeviceBuffer {
+    const size = plan.resident ? sizeClass(bytes) : bytes;
     const index = this.#free.findIndex((b) => b.bytes === size);
     if (index >= 0) return this.#free.splice(index, 1)[0] as DeviceBuffer;
     try {
@@ -93,7 +93,7 @@ export class Lane {
     const nSelected = part(4 * heads);
     const selectedPage = part(4 * heads * plan.k);
     const selectedSlot = part(4 * heads * plan.k);
-    this.memory = memory.take(total);
+    this.memory = memory.take(total, plan);
     const at = this.memory.address;
     this.frames = at + frames;
     this.qPrev = at + qPrev;

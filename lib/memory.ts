@@ -3,9 +3,10 @@
 
 import type { JsMemory } from "../ffi/symbols.ts";
 import { badArgument, count, type DeviceContext, Handle } from "./context.ts";
+import { FreeKVError } from "./errors.ts";
 
 /** A place that a stream reads or writes: a buffer, or an address inside one. */
-export type Memory = DeviceBuffer | PinnedBuffer | number;
+export type Memory = DeviceBuffer | PinnedBuffer | PinnedReserve | number;
 
 /** Device memory, aligned to 256 bytes; its first contents are undefined. */
 export class DeviceBuffer extends Handle {
@@ -103,6 +104,52 @@ export class PinnedBuffer extends Handle {
     // A view that outlives the memory would read freed pages.
     for (const window of this.#windows.values()) this.context.library.detach(window);
     this.#windows.clear();
+  }
+
+  protected override free(handle: number): void {
+    this.context.lib.fkv_host_free(handle, this.context.handle);
+  }
+}
+
+/**
+ * Address space for pinned host memory that grows from its start on, by a thread of the library's own: nobody waits for the
+ * pinning of what is not used yet. It lies still. What is pinned at a time, `pieceBytes` (a multiple of 4096), is for copies a
+ * buffer by itself.
+ */
+export class PinnedReserve extends Handle {
+  readonly bytes: number;
+
+  /** Device.reserve makes them. */
+  constructor(context: DeviceContext, bytes: number, pieceBytes: number) {
+    count("reserve", "bytes", bytes, 1);
+    count("reserve", "pieceBytes", pieceBytes, 1);
+    context.lib.fkv_host_reserve(context.u64, bytes, pieceBytes, context.handle);
+    super(context, "pinned reserve", Number(context.u64[0]));
+    this.bytes = bytes;
+  }
+
+  get address(): number {
+    return this.live;
+  }
+
+  /** Asks for the first `bytes`; returns at once. */
+  grow(bytes: number): void {
+    count("grow", "bytes", bytes);
+    this.context.lib.fkv_host_grow(this.live, bytes, this.context.handle);
+  }
+
+  /** How much is there from the start, and, where it cannot grow any more, why. */
+  progress(): { readonly bytes: number; readonly failure: FreeKVError | undefined } {
+    const { context } = this;
+    let failure: FreeKVError | undefined;
+    const memory = this.live;
+    try {
+      context.lib.fkv_host_ready(context.u64, memory, context.handle);
+    } catch (error) {
+      if (!(error instanceof FreeKVError)) throw error;
+      failure = error;
+    }
+    return { bytes: Math.min(this.bytes, Number(context.u64[0])), failure };
   }
 
   protected override free(handle: number): void {

@@ -68,7 +68,7 @@ export abstract class ListedRecall implements Recall {
       list.address + 4 * heads,
       slots * size.fkv_miss,
       workspace.misses.address,
-      workspace.width * size.fkv_miss,
+      this.cache.slots * size.fkv_miss,
       slots * size.fkv_miss,
       heads,
     );

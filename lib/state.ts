@@ -8,7 +8,6 @@ import type { Core } from "./core.ts";
 import { FreeKVError, unlessFailed } from "./errors.ts";
 import { Lane } from "./lane.ts";
 import type { Policy } from "./options.ts";
-import { chunkTokens } from "./prefill.ts";
 import { type Counters, Tally } from "./tally.ts";
 import type { Stats, TaskOptions } from "./types.ts";
 
@@ -41,9 +40,9 @@ export class State {
   /** A prompt is being appended: what it writes to is given back only when it has ended. */
   #appending = false;
 
-  /** Errors: BUSY where no sequence is free; BAD_ARGUMENT from the policy's plan. */
+  /** Errors: BUSY where no sequence is free; BAD_ARGUMENT from the policy's plan; OUT_OF_MEMORY. */
   constructor(core: Core, policy: Policy) {
-    core.plan(policy);
+    core.admit(core.plan(policy));
     const index = core.takeLane();
     if (index === undefined)
       throw new FreeKVError(
@@ -73,7 +72,8 @@ export class State {
     try {
       const chunks = [...this.#chunks(change, ids)];
       let before: Promise<void> | undefined;
-      for (const [i, issue] of chunks.entries()) {
+      for (const [i, { issue, finishes }] of chunks.entries()) {
+        await this.core.pool.whenReady(finishes);
         task.signal?.throwIfAborted();
         this.check();
         const end = issue();
@@ -96,6 +96,21 @@ export class State {
       this.#appending = false;
       if (this.released) this.#giveBack();
     }
+  }
+
+  /** A new sequence becomes that of `ids`, a whole number of pages, which `blocks`, taken for it, hold already; `q`: the last
+   * token's, of every layer. No logits: its first step is fed a token. */
+  adopt(ids: Int32Array, blocks: readonly number[], q: Float32Array): void {
+    const { core } = this;
+    const { compute } = core.decoder;
+    core.orchestration.quiesce();
+    const lane = this.#newLane(ids.length);
+    compute.copy(lane.qPrev, q);
+    compute.memset(lane.logits, 0, 4 * core.network.config.vocab);
+    core.fill(lane, ids.length, blocks);
+    for (const id of blocks) this.blocks.push(id);
+    for (const id of ids) this.ids.push(id);
+    this.#lane = lane;
   }
 
   /** A child with its own policy: completed pages are shared. */
@@ -150,6 +165,7 @@ export class State {
     let lane: Lane | undefined;
     core.prefill.enter();
     try {
+      core.pool.awaitReady([own]);
       lane = this.#newLane(length);
       core.prefill.begin(keep, blocks);
       core.prefill.chunk({ start: keep, ids: Int32Array.of(token), blocks, partial, lane });
@@ -170,7 +186,10 @@ export class State {
     this.#replace(lane);
   }
 
-  /** Reserves the block of the next position and, where every page has a frame, makes room for it. Returns the block. */
+  /**
+   * Reserves the block of the next position and, where every page has a frame, makes room for it. Returns the block, which has to
+   * be ready before the step is launched that writes it.
+   */
   reserve(): number {
     const { core } = this;
     const page = Math.floor(this.length / core.geometry.pageSize);
@@ -238,13 +257,16 @@ export class State {
     }
   }
 
-  *#chunks(change: Change, ids: Int32Array): Generator<() => number> {
+  /** What issues a chunk and answers how many tokens that makes, and the blocks of the pages that it completes. */
+  *#chunks(change: Change, ids: Int32Array): Generator<{ issue: () => number; finishes: readonly number[] }> {
     const { blocks, start, lane } = change;
+    const { pageSize } = this.core.geometry;
     const total = start + ids.length;
+    const { chunkTokens } = this.core.prefill;
     for (let at = start; at < total; ) {
       const from = at;
       const end = Math.min(total, (Math.floor(from / chunkTokens) + 1) * chunkTokens);
-      yield () => {
+      const issue = (): number => {
         this.core.prefill.chunk({
           start: from,
           ids: ids.slice(from - start, end - start),
@@ -254,6 +276,7 @@ export class State {
         });
         return end - start;
       };
+      yield { issue, finishes: blocks.slice(Math.floor(from / pageSize), Math.floor(end / pageSize)) };
       at = end;
     }
   }

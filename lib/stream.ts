@@ -79,9 +79,10 @@ export class Graph extends Handle {
 
 /** A queue of work; everything below returns before it has run, unless it says that it blocks. No bytes are no work. */
 export class Stream extends Handle {
-  /** Device.stream makes them. */
-  constructor(context: DeviceContext) {
-    context.lib.fkv_stream_create(context.u64, context.handle);
+  /** Device.stream and Device.computeStream make them. */
+  constructor(context: DeviceContext, which?: "compute") {
+    if (which === "compute") context.lib.fkv_stream_compute(context.u64, context.handle);
+    else context.lib.fkv_stream_create(context.u64, context.handle);
     super(context, "stream", Number(context.u64[0]));
   }
 

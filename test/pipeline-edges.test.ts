@@ -1,7 +1,7 @@
 // At the edges of what an engine holds: a full context, more runs than sequences, lanes that change owners.
 
 import { test } from "node:test";
-import { assertEquals, assertMatch, assertRejects, assertThrows } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "@std/assert";
 import { type ErrorCode, FreeKVError } from "../lib/errors.ts";
 import { checkpoint, load, score, timeout, tokens } from "./pipeline.ts";
 
@@ -63,11 +63,14 @@ test("a sequence disposed while it is appended to leaves the next owner of its l
     const expected = await score(alone, ids.slice(300, 320));
     alone[Symbol.dispose]();
     const doomed = await engine.prefill(ids.slice(0, 100));
-    const appended = assertRejects(() => doomed.append(tokens(1500)), FreeKVError, "disposed");
-    await new Promise((resolve) => setTimeout(resolve, 5));
-    doomed[Symbol.dispose]();
-    await refused("BUSY", /alive/, () => base.fork({ policy })); // its lane is given back when the append has ended
-    await appended;
+    let forked: Promise<void> | undefined;
+    const onProgress = (): void => {
+      doomed[Symbol.dispose]();
+      forked ??= refused("BUSY", /alive/, () => base.fork({ policy })); // its lane is given back when the append has ended
+    };
+    await assertRejects(() => doomed.append(tokens(1500), { onProgress }), FreeKVError, "disposed");
+    await forked;
+    assert(forked !== undefined);
     using next = base.fork({ policy });
     assertEquals(await score(next, ids.slice(300, 320)), expected);
   }

@@ -42,6 +42,7 @@ Memory::Memory() : total_(machine_bytes()) {
 }
 
 Memory::~Memory() {
+  growths_.clear();
   for (const auto& [start, range] : ranges_) {
     if (range.kind == Kind::kAllocated) munmap(reinterpret_cast<void*>(start), round_up(range.bytes, kPage));
   }
@@ -127,7 +128,38 @@ int32_t Memory::host_alloc(void** memory, uint64_t bytes) {
   return FKV_OK;
 }
 
+int32_t Memory::host_reserve(void** memory, uint64_t bytes, uint64_t piece_bytes) {
+  std::unique_ptr<Growth> growth;
+  const Growth::Pinning pinning{[this](char* piece, uint64_t n) { return add_piece(piece, n); },
+                                [this](char* piece, uint64_t) { drop_piece(piece); }};
+  if (const int32_t status = Growth::reserve(&growth, bytes, piece_bytes, pinning)) return status;
+  *memory = growth->memory();
+  growths_.add(std::move(growth));
+  return FKV_OK;
+}
+
+int32_t Memory::add_piece(char* piece, uint64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const uint64_t used = allocated_ + pinned_;
+  if (bytes > total_ - std::min(used, total_)) {
+    return fail(FKV_OUT_OF_MEMORY, "%llu bytes of pinned memory: %llu of %llu are in use",
+                static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(used),
+                static_cast<unsigned long long>(total_));
+  }
+  ranges_[reinterpret_cast<uintptr_t>(piece)] = {bytes, Kind::kGrown};
+  pinned_ += bytes;
+  return FKV_OK;
+}
+
+void Memory::drop_piece(char* piece) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = ranges_.find(reinterpret_cast<uintptr_t>(piece));
+  pinned_ -= found->second.bytes;
+  ranges_.erase(found);
+}
+
 int32_t Memory::host_free(void* memory) {
+  if (growths_.take_out(memory) != nullptr) return FKV_OK;
   Range range{};
   std::lock_guard<std::mutex> lock(mutex_);
   if (const int32_t status = take_out(memory, Kind::kAllocated, "fkv_host_alloc", &range)) return status;
@@ -144,6 +176,7 @@ int32_t Memory::host_register(void* memory, uint64_t bytes) {
   const bool overlaps = after != ranges_.begin() && std::prev(after)->first + std::prev(after)->second.bytes > start;
   FKV_REQUIRE(!overlaps && (start + bytes <= arena_ || start >= arena_ + arena_bytes_), FKV_BAD_ARGUMENT,
               "memory: part of it is device memory or pinned already");
+  if (const int32_t status = growths_.require_none(memory, bytes, "memory")) return status;
   ranges_[start] = {bytes, Kind::kRegistered};
   pinned_ += bytes;
   return FKV_OK;
@@ -187,6 +220,7 @@ int32_t Memory::locate(Place* place, const void* memory, uint64_t bytes, const c
               "%s: begins before a device or pinned allocation and runs into it", what);
   FKV_REQUIRE(start + bytes <= arena_ || start >= arena_ + arena_bytes_, FKV_BAD_ARGUMENT,
               "%s: no device allocation at %p; it was freed, or the address is wrong", what, memory);
+  if (const int32_t status = growths_.require_none(memory, bytes, what)) return status;
   *place = Place::kPageable;
   return FKV_OK;
 }

@@ -4,6 +4,8 @@
 #include <map>
 #include <mutex>
 
+#include "../growth.h"
+
 namespace fkv {
 
 enum class Place { kDevice, kPinned, kPageable };
@@ -20,6 +22,8 @@ class Memory {
   int32_t device_free(void* memory);
   int32_t host_alloc(void** memory, uint64_t bytes);
   int32_t host_free(void* memory);
+  int32_t host_reserve(void** memory, uint64_t bytes, uint64_t piece_bytes);
+  const Growths& growths() const { return growths_; }
   int32_t host_register(void* memory, uint64_t bytes);
   int32_t host_unregister(void* memory);
 
@@ -33,13 +37,15 @@ class Memory {
   Usage usage() const;
 
  private:
-  enum class Kind { kDevice, kAllocated, kRegistered };
+  enum class Kind { kDevice, kAllocated, kRegistered, kGrown };
   struct Range {
     uint64_t bytes;
     Kind kind;
   };
   using Ranges = std::map<uintptr_t, Range>;
   int32_t take_out(void* memory, Kind kind, const char* what, Range* range);
+  int32_t add_piece(char* piece, uint64_t bytes);
+  void drop_piece(char* piece);
   void give_back_pages(uintptr_t start, uint64_t bytes);
 
   mutable std::mutex mutex_;
@@ -50,6 +56,7 @@ class Memory {
   uint64_t arena_bytes_ = 0;
   std::map<uintptr_t, uint64_t> free_;  // start → bytes, in pages, never adjacent
   uint64_t total_ = 0, allocated_ = 0, pinned_ = 0;
+  Growths growths_;
 };
 
 }  // namespace fkv

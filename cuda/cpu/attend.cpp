@@ -144,6 +144,13 @@ void attend_rows(Context& context, float* out, const fkv_cache& cache, const flo
 
 using namespace fkv;
 
+int32_t fkv_attend_scratch_bytes(uint64_t* bytes, const fkv_cache* cache) {
+  FKV_REQUIRE(bytes != nullptr, FKV_BAD_ARGUMENT, "fkv_attend_scratch_bytes: bytes is null");
+  if (const int32_t status = check_cache("fkv_attend_scratch_bytes", cache)) return status;
+  *bytes = 256;  // the twin needs none
+  return FKV_OK;
+}
+
 int32_t fkv_attend(float* out, const fkv_cache* cache, float* qkv, int32_t layer, int32_t n_rows, fkv_stream* stream) {
   if (const int32_t status = check_step("fkv_attend", cache, layer, n_rows)) return status;
   FKV_REQUIRE(out != nullptr && qkv != nullptr, FKV_BAD_ARGUMENT, "fkv_attend: %s is null",

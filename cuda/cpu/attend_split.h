@@ -6,7 +6,7 @@
 
 namespace fkv {
 
-constexpr int32_t kSplitPages = 8;  // part of the numerics: fkv_attend splits here on every device
+constexpr int32_t kSplitPages = 8;  // part of the numerics of the twin's fkv_attend
 
 // K and V of one page of one head: rows `stride` bytes apart, of which the first `rows` are attended.
 struct PageRows {

@@ -45,6 +45,29 @@ int32_t fkv_host_free(void* memory, fkv_device* device) {
   return give_back(memory, device, "fkv_host_free", &Memory::host_free);
 }
 
+int32_t fkv_host_reserve(void** memory, uint64_t bytes, uint64_t piece_bytes, fkv_device* device) {
+  return guarded([&]() -> int32_t {
+    if (const int32_t status = check(device)) return status;
+    FKV_REQUIRE(memory != nullptr && bytes > 0, FKV_BAD_ARGUMENT, "%s", memory ? "bytes: 0" : "memory: null");
+    if (const int32_t status = device->check_failure()) return status;
+    return device->memory.host_reserve(memory, bytes, piece_bytes);
+  });
+}
+
+int32_t fkv_host_grow(void* memory, uint64_t bytes, fkv_device* device) {
+  return guarded([&]() -> int32_t {
+    if (const int32_t status = check(device)) return status;
+    return device->memory.growths().grow(memory, bytes);
+  });
+}
+
+int32_t fkv_host_ready(uint64_t* bytes, void* memory, fkv_device* device) {
+  return guarded([&]() -> int32_t {
+    if (const int32_t status = check(device)) return status;
+    return device->memory.growths().ready(bytes, memory);
+  });
+}
+
 int32_t fkv_host_register(void* memory, uint64_t bytes, fkv_device* device) {
   return guarded([&]() -> int32_t {
     if (const int32_t status = check(device)) return status;

@@ -29,7 +29,10 @@ void retrieve(Context& context, const fkv_cache& cache, const fkv_retrieve_param
   if (any) estimate_rows(context, cache, p.workspace, p.qkv, p.layer, p.stage, p.n_rows);
   select_rows(context, cache, p.workspace, p.layer, p.stage, p.n_rows);  // clears the miss lists in any case
   if (any) gather_rows(context, cache, p.workspace, p.layer, p.n_rows);
-  if (stalls) *p.stall += context.clock_ns() - start;
+  if (stalls) {
+    p.stall[1] = context.clock_ns();
+    p.stall[0] += p.stall[1] - start;
+  }
   if (p.finish) finish_rows(context, cache, p.digest_kind, p.layer, p.n_rows);
 }
 

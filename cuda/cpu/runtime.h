@@ -147,6 +147,7 @@ struct fkv_stream {
   fkv::Signal arrived{};
   std::thread worker{};  // none under a schedule seed
   std::vector<std::unique_ptr<fkv::LaneThread>> lane_threads{};  // of the worker, made when first needed
+  int32_t uses = 1;  // of the compute stream: calls that asked for it and were not answered
   std::vector<size_t> cursors{};  // of the schedule: per lane of the graph at the queue's head, nodes done
 
   fkv_stream(fkv_device* owner, uint32_t number);
@@ -186,6 +187,7 @@ struct fkv_device {
   std::mutex issue{};
   uint32_t streams_made = 0;
   std::vector<std::unique_ptr<fkv_stream>> streams{};
+  fkv_stream* compute = nullptr;  // of `streams`, once it was asked for
   std::unordered_map<const fkv_event*, std::unique_ptr<fkv_event>> events{};
   std::unordered_map<const fkv_graph*, std::unique_ptr<fkv_graph>> graphs{};
   std::vector<std::shared_ptr<fkv::Capture>> captures{};  // in progress

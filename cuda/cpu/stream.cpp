@@ -135,6 +135,23 @@ int32_t fkv_stream_create(fkv_stream** stream, fkv_device* device) {
   });
 }
 
+int32_t fkv_stream_compute(fkv_stream** stream, fkv_device* device) {
+  return guarded([&]() -> int32_t {
+    FKV_REQUIRE(stream != nullptr, FKV_BAD_ARGUMENT, "stream: null");
+    if (const int32_t status = check(device)) return status;
+    if (const int32_t status = device->check_failure()) return status;
+    std::lock_guard<std::mutex> issue(device->issue);
+    if (device->compute != nullptr) {
+      ++device->compute->uses;
+    } else {
+      device->streams.push_back(std::make_unique<fkv_stream>(device, device->streams_made++));
+      device->compute = device->streams.back().get();
+    }
+    *stream = device->compute;
+    return FKV_OK;
+  });
+}
+
 int32_t fkv_stream_destroy_sync(fkv_stream* stream) {
   return guarded([&]() -> int32_t {
     if (const int32_t status = check(stream)) return status;
@@ -144,6 +161,8 @@ int32_t fkv_stream_destroy_sync(fkv_stream* stream) {
     std::unique_ptr<fkv_stream> owned;
     {
       std::lock_guard<std::mutex> issue(device->issue);
+      if (--stream->uses > 0) return FKV_OK;
+      if (device->compute == stream) device->compute = nullptr;
       const auto found = std::find_if(device->streams.begin(), device->streams.end(),
                                       [&](const auto& candidate) { return candidate.get() == stream; });
       owned = std::move(*found);

@@ -7,9 +7,9 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
-#include <thread>
+
+#include "../threads.h"
 
 namespace fkv {
 
@@ -87,8 +87,5 @@ class Signal {
   std::mutex mutex_;
   std::condition_variable wake_;
 };
-
-// Starts a thread that leaves the process's signals to the host's own threads.
-std::thread start_thread(std::function<void()> body);
 
 }  // namespace fkv
