@@ -41,8 +41,8 @@ inline int32_t require_tables(const char* call, const fkv_cache* cache, int32_t 
 // The memory of one retrieval in flight.
 inline int32_t require_workspace(const char* call, const fkv_workspace* workspace) {
   FKV_REQUIRE(workspace != nullptr, FKV_BAD_ARGUMENT, "%s: workspace is null", call);
-  FKV_REQUIRE(workspace->scores && workspace->n_misses && workspace->misses, FKV_BAD_ARGUMENT,
-              "%s: scores, n_misses or misses of the workspace is null", call);
+  FKV_REQUIRE(workspace->scores && workspace->raw && workspace->n_misses && workspace->misses, FKV_BAD_ARGUMENT,
+              "%s: scores, raw, n_misses or misses of the workspace is null", call);
   return FKV_OK;
 }
 

@@ -51,7 +51,7 @@ struct Cluster {
 template <class... Parameters, class... Arguments>
 int32_t launch_clusters(fkv_stream* stream, const char* call, void (*kernel)(Parameters...), int blocks, dim3 grid, int threads,
                         size_t shared_bytes, Arguments&&... arguments) {
-  if (const int32_t status = allow_shared(stream, call, kernel, shared_bytes)) return status;
+  if (const int32_t status = side_kernel(stream, call, kernel, shared_bytes)) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};

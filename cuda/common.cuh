@@ -45,6 +45,19 @@ int32_t allow_shared(fkv_stream* stream, const char* call, Kernel kernel, size_t
                    cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), call);
 }
 
+// The same for a kernel that runs beside a dense chain: where the SM's shared memory is not already divided as the chain wants it, it
+// waits until the SM is empty. To be said before the launch, every time; CUDA is told once.
+template <class Kernel>
+int32_t side_kernel(fkv_stream* stream, const char* call, Kernel kernel, size_t bytes) {
+  if (const int32_t status = allow_shared(stream, call, kernel, bytes)) return status;
+  const auto function = reinterpret_cast<const void*>(kernel);
+  {
+    const std::lock_guard<std::mutex> issue(stream->device->issue);
+    if (!stream->device->side_kernels.insert(function).second) return FKV_OK;
+  }
+  return status_of(stream->device, cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100), call);
+}
+
 // Returns what body(T{}) returns, with T the type that `dtype` stores: float, __nv_bfloat16 or __half.
 template <class Body>
 int32_t with_dtype(int32_t dtype, const Body& body) {

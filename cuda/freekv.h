@@ -64,7 +64,7 @@ typedef struct fkv_device_info {
   int32_t multiprocessors;               // SMs; compute threads of the twin
   double total_bytes, free_bytes;        // device memory
   double allocated_bytes;                // by fkv_device_alloc, now
-  double pinned_bytes;                   // by fkv_host_alloc and fkv_host_register, now
+  double pinned_bytes;                   // by fkv_host_alloc, fkv_host_register and fkv_host_reserve, now
   double shared_bytes_per_block;         // the most that a kernel may ask for; this and the next three are 0 for the twin
   double l2_bytes;
   int32_t max_threads_per_block, warp_size;
@@ -83,7 +83,16 @@ FKV_API int32_t fkv_device_alloc(void** memory, uint64_t bytes, fkv_device* devi
 FKV_API int32_t fkv_device_free(void* memory, fkv_device* device);
 // Pinned host memory, 4096-byte aligned, zeroed, readable by kernels of the device at the same address.
 FKV_API int32_t fkv_host_alloc(void** memory, uint64_t bytes, fkv_device* device);
+// Of fkv_host_alloc, or of fkv_host_reserve, whose thread it ends.
 FKV_API int32_t fkv_host_free(void* memory, fkv_device* device);
+// Address space for pinned host memory, 2 MiB aligned, of which nothing is there yet: a thread of the library's own makes it so, from
+// its start on, as far as fkv_host_grow asks (a number of bytes from the start; less than was asked before changes nothing). What is
+// there is as by fkv_host_alloc. Each piece of piece_bytes (a multiple of 4096) is pinned by itself, and a copy must not cross from one
+// to the next. A launch waits for the piece that is being pinned.
+FKV_API int32_t fkv_host_reserve(void** memory, uint64_t bytes, uint64_t piece_bytes, fkv_device* device);
+FKV_API int32_t fkv_host_grow(void* memory, uint64_t bytes, fkv_device* device);
+// How much is there from the start, and, where it cannot grow any more, why: the status and text of this call; *bytes is set all the same.
+FKV_API int32_t fkv_host_ready(uint64_t* bytes, void* memory, fkv_device* device);
 // Pins memory that the caller owns and has touched.
 FKV_API int32_t fkv_host_register(void* memory, uint64_t bytes, fkv_device* device);
 FKV_API int32_t fkv_host_unregister(void* memory, fkv_device* device);
@@ -100,6 +109,10 @@ FKV_API int32_t fkv_write_async(void* dst, const void* src, uint64_t bytes, fkv_
 
 // ---- streams, events, graphs ----
 FKV_API int32_t fkv_stream_create(fkv_stream** stream, fkv_device* device);
+// The device's compute stream, one for all that is issued on this ordinal in the process, through whichever fkv_device (the twin's share
+// nothing: there it is one for each). Kernels whose blocks wait for each other run only there, so that no two of them ever hold each
+// other up. Each call is answered by one fkv_stream_destroy_sync.
+FKV_API int32_t fkv_stream_compute(fkv_stream** stream, fkv_device* device);
 FKV_API int32_t fkv_stream_destroy_sync(fkv_stream* stream);
 FKV_API int32_t fkv_stream_synchronize_sync(fkv_stream* stream);
 FKV_API int32_t fkv_stream_wait_event(fkv_event* event, fkv_stream* stream);  // NOT_RECORDED if it never was
@@ -129,8 +142,9 @@ FKV_API int32_t fkv_embed(float* out, const int32_t* tokens, const void* table, 
 // STORE y = v · ADD y += v (residual) · SWIGLU with W's rows interleaved gate, up, gate, up…: y[i] = silu(v[2i])·v[2i+1], n_out/2 values.
 enum { FKV_STORE = 0, FKV_ADD = 1, FKV_SWIGLU = 2 };
 // Whose sums: DECODE, f32 in one order; PREFILL, tensor cores in one order, x as the sum of two values of the weights' type (f32 weights: as
-// DECODE). In both, that order is fixed by k alone, never by n_rows (design section 5). FAST: whatever is fastest for this many rows, the
-// vendor's GEMM too, x rounded to the weights' type. The twin has one order for all.
+// DECODE; a weight that is infinite makes NaN). In both, that order is fixed by k alone, never by n_rows (design section 5). FAST: whatever
+// is fastest for this many rows, many of them with x rounded to the weights' type. The twin has one order for all.
+// In PREFILL and FAST, the y of a SWIGLU phase that the next phase of the same call reads as its x is undefined afterwards.
 enum { FKV_DECODE = 0, FKV_PREFILL = 1, FKV_FAST = 2 };
 typedef struct fkv_phase {
   const void* weight;
@@ -143,8 +157,9 @@ typedef struct fkv_phase {
   float eps;
   int32_t reserved;
 } fkv_phase;
-// Runs the phases in order, each seeing the ones before it. scratch: device memory, fkv_chain_scratch_bytes() of it, not shared with
-// another chain in flight. k and n_out any positive number; vectors 64-byte-friendly shapes are fast.
+// Runs the phases in order, each seeing the ones before it. scratch: device memory, fkv_chain_scratch_bytes() of it, zeroed once before
+// its first use, not shared with another chain in flight. k and n_out any positive number; k a multiple of 8, weights, norms and rows of
+// x aligned to 16 bytes are fast.
 FKV_API int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, int32_t family, void* scratch, fkv_stream* stream);
 FKV_API int32_t fkv_chain_scratch_bytes(uint64_t* bytes, int32_t n_rows, int32_t max_k, int32_t max_out);
 
@@ -265,6 +280,7 @@ typedef struct fkv_cache {
   uint8_t* flags;                // [L][max_rows][Hkv] 1 = flagged
   fkv_counters* counters;        // [max_rows]
   const fkv_forced* forced;      // or null
+  void* attend_scratch;          // fkv_attend_scratch_bytes() of it, zeros before its first use; for one fkv_attend at a time
 } fkv_cache;
 
 // First operation of a step: rows = ring[*step mod ring_entries]; resolves tokens (−1: sampled[sequence]) and positions, writes
@@ -292,13 +308,14 @@ typedef struct fkv_miss { int32_t page, slot, block, frame; } fkv_miss;
 // Memory of one retrieval in flight; NOW and NEXT have their own.
 typedef struct fkv_workspace {
   float* scores;        // [max_rows][Hkv][max_pages]
+  float* raw;           // [max_rows][Hkv][G][max_pages] of each query head, where a long context leaves no room for them elsewhere
   int32_t* n_misses;    // [max_rows][Hkv]
   fkv_miss* misses;     // [max_rows][Hkv][max_slots]
 } fkv_workspace;
 
 // scores[row][head][candidate − sink_pages] of the heads that `stage` serves; skipped where candidates <= k and no prefetch wants a rank.
 // Score of query head h = Σ_c max(q_c·min_c, q_c·max_c)·score_scale; pooled over the group (see `pooling`): softmax over the candidates
-// (sums in blocks of 256 pages, then a fixed tree), then mean. Source: Quest §3; FreeKV §4.
+// (sums in one order that the page's number alone decides), then mean. Source: Quest §3; FreeKV §4.
 FKV_API int32_t fkv_estimate(const fkv_cache* cache, const fkv_workspace* workspace, const float* qkv, int32_t layer, int32_t stage, int32_t n_rows, fkv_stream* stream);
 // Selection: the k best scores (ties to the lower page; NaN ranks last), all candidates where they are at most k; then slots: a page
 // already in a slot stays (hit), any other takes the slot used longest ago (ties to the lowest) that is not in the new selection.
@@ -312,7 +329,9 @@ FKV_API int32_t fkv_recall_gather(const fkv_cache* cache, const fkv_workspace* w
 typedef struct fkv_scatter_entry { int32_t lane, head, slot, reserved; } fkv_scatter_entry;
 FKV_API int32_t fkv_recall_scatter(const fkv_cache* cache, const void* staging, const fkv_scatter_entry* entries, int32_t n, int32_t layer, fkv_stream* stream);
 // estimate + select + gather as one operation, the same bits. With `prepare` (NOW only): first RoPE (rope, its qkv), append and check.
-// With `finish` (NEXT only): last, fkv_page_finish. stall: where not null, *stall += ns that estimate, select and gather took (NOW).
+// With `finish` (NEXT only): last, fkv_page_finish. The scores are left in the workspace only where a kernel wants them there.
+// stall (NOW): where not null, stall[0] += ns in which estimate, select or gather ran for some head; stall[1] is the clock at which they
+// last ended (zero before the first).
 typedef struct fkv_retrieve_params {
   uint32_t struct_bytes;
   int32_t layer, stage, n_rows, prepare, finish;
@@ -326,9 +345,11 @@ typedef struct fkv_retrieve_params {
 FKV_API int32_t fkv_retrieve(const fkv_cache* cache, const fkv_retrieve_params* params, fkv_stream* stream);
 
 // out [n_rows][Hq·d] f32: softmax(q·K·attention_scale)·V over sink, selected and window pages of each head (all pages: attend_all),
-// pages in ascending order, tokens up to the row's position; split at every 8 visited pages, partials combined in split order.
-// Then copies q to q_prev. Empty rows: zeros.
+// pages in ascending order, tokens up to the row's position; split at fixed numbers of visited pages, partials combined in an order that
+// their number fixes. On CUDA K and V of two bytes meet q and the weights as the sum of two values of that type, on tensor cores.
+// Copies q to q_prev. Empty rows: zeros.
 FKV_API int32_t fkv_attend(float* out, const fkv_cache* cache, float* qkv, int32_t layer, int32_t n_rows, fkv_stream* stream);
+FKV_API int32_t fkv_attend_scratch_bytes(uint64_t* bytes, const fkv_cache* cache);  // attend_scratch is not read
 
 // For each row whose token completed a page: digest it (into the page's block's digest) and copy it to its host block, this layer.
 FKV_API int32_t fkv_page_finish(const fkv_cache* cache, int32_t digest_kind, int32_t layer, int32_t n_rows, fkv_stream* stream);
@@ -343,7 +364,7 @@ typedef struct fkv_sample_params {
   fkv_result* results;     // pinned [ring_entries][max_rows]
   uint32_t* step;          // device
   const uint64_t* stall;   // device or pinned
-  void* scratch;           // device, 8·vocab·n_rows bytes
+  void* scratch;           // device, 8·vocab·n_rows + 64 bytes, zeros before its first use
 } fkv_sample_params;
 FKV_API int32_t fkv_sample(const fkv_cache* cache, const fkv_sample_params* params, fkv_stream* stream);
 
@@ -365,14 +386,16 @@ FKV_API int32_t fkv_pages_digest(const fkv_cache* cache, const fkv_pages_params*
 // A chunk of a prompt, one layer: n tokens at positions start.., qkv [n][(Hq+2Hkv)·d] after RoPE; frames: page p at index p.
 typedef struct fkv_prefill_params {
   uint32_t struct_bytes;
-  int32_t layer, start, n, reserved;
+  int32_t layer, start, n;
+  int32_t family;       // of attend: FKV_FAST, or any other of a dense chain's
   const float* qkv;
   float* out;           // [n][Hq·d] (attend)
   fkv_frames frames;
 } fkv_prefill_params;
 FKV_API int32_t fkv_prefill_append(const fkv_cache* cache, const fkv_prefill_params* params, fkv_stream* stream);
-// Causal attention of the chunk to every token 0..start+i, keys in blocks of 64 absolute positions, ascending: a token's bits do not depend
-// on where chunks begin.
+// Causal attention of the chunk to every token 0..start+i, keys in blocks of fixed absolute positions (64 or 128, by d), ascending: a token's
+// bits do not depend on where chunks begin. On CUDA with K and V of two bytes it runs on tensor cores: q and the weights enter as the sum
+// of two values of that type, or, FAST, rounded to it (then outputs are within 2^-7 for bf16, 2^-10 for f16, of the largest V).
 FKV_API int32_t fkv_prefill_attend(const fkv_cache* cache, const fkv_prefill_params* params, fkv_stream* stream);
 
 // ---- modules: kernels that are not ours ----

@@ -38,11 +38,9 @@ FKV_INLINE uint8_t* flags_of(const fkv_cache& cache, int32_t layer, int32_t row_
   return cache.flags + (static_cast<int64_t>(layer) * cache.max_rows + row_index) * cache.n_kv_heads;
 }
 
-FKV_INLINE Query serves(const fkv_cache& cache, const fkv_row& row, const fkv_lane& lane, int32_t layer,
-                        int32_t row_index, int32_t head, int32_t stage) {
+FKV_INLINE Query serves(const fkv_cache& cache, const fkv_row& row, const fkv_lane& lane, bool flagged, int32_t stage) {
   if (!selects(lane)) return Query::none;
   if (stage == FKV_FIRST) return row.speculation == FKV_SPECULATE_NEXT ? Query::previous : Query::none;
-  const bool flagged = flags_of(cache, layer, row_index)[head] != 0;
   if (stage == FKV_NOW) {
     if (flagged) return Query::current;
     return row.speculation == FKV_SPECULATE_LAZY ? Query::previous : Query::none;
@@ -50,6 +48,17 @@ FKV_INLINE Query serves(const fkv_cache& cache, const fkv_row& row, const fkv_la
   if (row.speculation != FKV_SPECULATE_NEXT) return Query::none;
   const bool all = row.prefetch > 0 || joining_page(lane, target_length(row, stage), cache.page_size) >= 0;
   return all || !flagged ? Query::previous : Query::none;
+}
+// The same by the flag that the check has stored.
+FKV_INLINE Query serves(const fkv_cache& cache, const fkv_row& row, const fkv_lane& lane, int32_t layer,
+                        int32_t row_index, int32_t head, int32_t stage) {
+  return serves(cache, row, lane, flags_of(cache, layer, row_index)[head] != 0, stage);
+}
+
+// How many ranks after the selection NEXT may fetch.
+FKV_INLINE int32_t ranks_ahead(const fkv_row& row, const fkv_lane& lane, int32_t candidates, int32_t stage) {
+  if (stage != FKV_NEXT || lane.resident || candidates <= lane.k || row.prefetch <= 0) return 0;
+  return row.prefetch < candidates - lane.k ? row.prefetch : candidates - lane.k;
 }
 
 // Whether this service's pages count as selected and as hits: a flagged head that NEXT serves again, for a page that joins or for

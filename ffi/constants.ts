@@ -26,7 +26,7 @@ export const FKV_STORE = 0;
 export const FKV_ADD = 1;
 export const FKV_SWIGLU = 2;
 
-// `family` of a dense chain
+// `family` of a dense chain and of prefill attention
 export const FKV_DECODE = 0;
 export const FKV_PREFILL = 1;
 export const FKV_FAST = 2;

@@ -30,6 +30,9 @@ export const signatures = {
   fkv_device_free: "memory: ptr, device: ptr",
   fkv_host_alloc: "memory: buf, bytes: u64, device: ptr",
   fkv_host_free: "memory: ptr, device: ptr",
+  fkv_host_reserve: "memory: buf, bytes: u64, piece_bytes: u64, device: ptr",
+  fkv_host_grow: "memory: ptr, bytes: u64, device: ptr",
+  fkv_host_ready: "bytes: buf, memory: ptr, device: ptr",
   fkv_host_register: "memory: mem, bytes: u64, device: ptr",
   fkv_host_unregister: "memory: mem, device: ptr",
   fkv_memcpy_async: "dst: ptr, src: mem, bytes: u64, stream: ptr",
@@ -40,6 +43,7 @@ export const signatures = {
   fkv_write_async: "dst: ptr, src: mem, bytes: u64, stream: ptr",
 
   fkv_stream_create: "stream: buf, device: ptr",
+  fkv_stream_compute: "stream: buf, device: ptr",
   fkv_stream_destroy_sync: "stream: ptr",
   fkv_stream_synchronize_sync: "stream: ptr",
   fkv_stream_wait_event: "event: ptr, stream: ptr",
@@ -71,6 +75,7 @@ export const signatures = {
   fkv_recall_scatter: "cache: buf, staging: ptr, entries: ptr, n: i32, layer: i32, stream: ptr",
   fkv_retrieve: "cache: buf, params: buf, stream: ptr",
   fkv_attend: "out: ptr, cache: buf, qkv: ptr, layer: i32, n_rows: i32, stream: ptr",
+  fkv_attend_scratch_bytes: "bytes: buf, cache: buf",
   fkv_page_finish: "cache: buf, digest_kind: i32, layer: i32, n_rows: i32, stream: ptr",
   fkv_sample: "cache: buf, params: buf, stream: ptr",
 

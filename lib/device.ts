@@ -9,13 +9,13 @@ import type { CallArgs, Calls, EntryName } from "../ffi/symbols.ts";
 import { badArgument, DeviceContext, type OnDevice } from "./context.ts";
 import { FreeKVError } from "./errors.ts";
 import { Launches } from "./launches.ts";
-import { DeviceBuffer, PinnedBuffer } from "./memory.ts";
+import { DeviceBuffer, PinnedBuffer, PinnedReserve } from "./memory.ts";
 import { Event, Stream } from "./stream.ts";
 
 export * from "../ffi/constants.ts";
 export { offsets, pack, read, size, write } from "../ffi/structs.ts";
 export { type ErrorCode, FreeKVError } from "./errors.ts";
-export { DeviceBuffer, type Memory, PinnedBuffer } from "./memory.ts";
+export { DeviceBuffer, type Memory, PinnedBuffer, PinnedReserve } from "./memory.ts";
 export {
   type Arguments,
   type ArgumentType,
@@ -57,7 +57,7 @@ export interface DeviceMemory {
   readonly freeBytes: number;
   /** By alloc(), now. */
   readonly allocatedBytes: number;
-  /** By pinned(), now. */
+  /** By pinned() and reserve(), now. */
   readonly pinnedBytes: number;
 }
 
@@ -201,8 +201,21 @@ export class Device implements Disposable, OnDevice {
     return new PinnedBuffer(this.context, bytes);
   }
 
+  /** Address space for pinned host memory that grows beside other work. Errors: OUT_OF_MEMORY. */
+  reserve(bytes: number, pieceBytes: number): PinnedReserve {
+    return new PinnedReserve(this.context, bytes, pieceBytes);
+  }
+
   stream(): Stream {
     return new Stream(this.context);
+  }
+
+  /**
+   * The stream of kernels whose blocks wait for each other: one for everybody who uses this GPU in the process (the twin has one
+   * for each device that is opened). Each call makes an object of its own for it.
+   */
+  computeStream(): Stream {
+    return new Stream(this.context, "compute");
   }
 
   event(): Event {

@@ -44,6 +44,10 @@ const engineShape = {
   stagingBuffers: positive("stagingBuffers", 4).optional(),
   chain: z.enum(["auto", "split"]).optional(),
   prefillKv: z.enum(["device", "host"]).optional(),
+  prefillChunk: positive("prefillChunk", 8192)
+    .multipleOf(64, "prefillChunk must be a multiple of 64")
+    .optional(),
+  numerics: z.enum(["fast", "invariant"]).optional(),
   estimate: z.enum(["freekv", "paper-speed"]).optional(),
   twin: z
     .strictObject({

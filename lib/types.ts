@@ -63,6 +63,15 @@ export interface EngineOptions extends PolicyOptions, TaskOptions {
   chain?: "auto" | "split" | undefined;
   /** Where earlier pages wait during prefill; "host" streams them back for each chunk; default "device". */
   prefillKv?: "device" | "host" | undefined;
+  /** Tokens of a prompt that are computed at a time, a multiple of 64; default by the device and its memory, 512 to 4096. */
+  prefillChunk?: number | undefined;
+  /**
+   * "invariant": a token's bits depend on the tokens before it alone, never on the batch, on chunks or on what else runs, so
+   * `score` gives the same numbers and a seed the same tokens each time. "fast" (default): prompts are computed with
+   * activations rounded to the weights' type, at nearly twice the speed and equal within its accuracy; where a prompt's chunks
+   * begin may then show in the last bits. The twin is always invariant.
+   */
+  numerics?: "fast" | "invariant" | undefined;
   /** Page scores: softmax of scaled scores, then the group's mean ("freekv", default), or the published speed code: the group mean of raw scores, on ArkVale digests. */
   estimate?: "freekv" | "paper-speed" | undefined;
   /** The CPU twin's own: a seeded schedule of its streams, a simulated host link, its compute threads. */

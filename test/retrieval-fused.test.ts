@@ -62,6 +62,57 @@ test("the fused retrieval leaves the bits of the separate operations, over 200 s
   assertEquals(nanoseconds(separate), 0);
 });
 
+// What a kernel does in other ways than usual: long lists, many slots, pages beyond what a block keeps or lists at once.
+const wide = [
+  { what: "2600 pages, prefetch", pages: 2600, k: 20, slots: 40, group: 4, prefetch: 9 },
+  {
+    what: "600 pages, raw scores pooled",
+    pages: 600,
+    k: 10,
+    slots: 20,
+    group: 6,
+    prefetch: 0,
+    pooling: "raw",
+  },
+  { what: "150 of 400 pages", pages: 400, k: 150, slots: 200, group: 1, prefetch: 3 },
+  { what: "300 slots", pages: 400, k: 30, slots: 300, group: 5, prefetch: 40 },
+  { what: "all of 150 pages", pages: 150, k: 148, slots: 148, group: 3, prefetch: 2 },
+  {
+    what: "pages that never leave the device",
+    pages: 300,
+    k: 12,
+    slots: 0,
+    group: 8,
+    resident: true,
+    prefetch: 1,
+  },
+] as const;
+for (const { what, pages, prefetch, group, ...more } of wide) {
+  test(`the fused retrieval leaves the bits of the separate operations: ${what}`, { timeout: 60_000 }, () => {
+    const lane = { sinkPages: 1, windowPages: 1, k: more.k, slots: more.slots, tau: [0.02, 0.05] };
+    const resident = "resident" in more;
+    const pooling = "pooling" in more ? more.pooling : "softmax";
+    const options = { ...shape, lanes: [{ ...lane, resident }], maxRows: 1, maxPages: pages, group, pooling };
+    using fused = new Steps({ ...options, fused: true });
+    using separate = new Steps({ ...options, fused: false });
+    const rowAt = (step: number): RigRow => {
+      const position = 16 * (pages - 1) + 12 + step;
+      const block = Math.floor(position / 16);
+      return { lane: 0, position, block, correction: "threshold", speculation: "next", prefetch };
+    };
+    for (const steps of [fused, separate]) steps.first([rowAt(0)]);
+    const selections = new Set<string>();
+    for (let step = 0; step < 4; step++) {
+      for (const steps of [fused, separate]) steps.step([rowAt(step)]);
+      const snapshot = fused.snapshot(1);
+      assertSame(snapshot, separate.snapshot(1), `step ${step}`);
+      selections.add(String(snapshot["selectedPage 0"]));
+    }
+    assertGreater(fused.rig.counters(0).selected, 0);
+    assertGreater(selections.size, what.startsWith("all") ? 0 : 2, "selections change");
+  });
+}
+
 test("one captured step serves every length", { timeout: 60_000 }, () => {
   using replayed = new Steps({ ...shape, fused: true });
   using issued = new Steps({ ...shape, fused: true });
@@ -109,7 +160,7 @@ test("prepare and finish go with their stages only", () => {
     prepare: 0,
     finish: 0,
     digest_kind: 0,
-    workspace: { scores: now.scores, n_misses: now.nMisses, misses: now.misses },
+    workspace: { scores: now.scores, raw: now.raw, n_misses: now.nMisses, misses: now.misses },
     qkv,
     stall: null,
     rope: null,

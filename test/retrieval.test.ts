@@ -202,7 +202,7 @@ test("a retrieval that cannot be is refused at the call, and what only the devic
     () => lib.fkv_control_load(cache, rig.ring.address, rig.step.address, 0, 1, stream.handle),
     "ring_entries",
   );
-  const empty = pack.fkv_workspace({ scores: null, n_misses: now.nMisses, misses: now.misses });
+  const empty = pack.fkv_workspace({ scores: null, raw: now.raw, n_misses: now.nMisses, misses: now.misses });
   refused(() => lib.fkv_recall_gather(cache, empty, 0, 1, stream.handle), "scores");
 
   // Page 2 is selected, and its block was never set.

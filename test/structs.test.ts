@@ -40,9 +40,17 @@ test("structs survive a round trip, at any place of a ring", () => {
     row: 3,
     shift: 4,
   };
-  const packed = pack.fkv_prefill_params({ layer: 1, start: 2, n: 3, qkv: 16, out: null, frames });
+  const packed = pack.fkv_prefill_params({ layer: 1, start: 2, n: 3, family: 2, qkv: 16, out: null, frames });
   const back = read.fkv_prefill_params(new DataView(packed), 0);
-  assertEquals(back, { layer: 1, start: 2, n: 3, qkv: 16, out: 0, frames: { ...frames, chunks: 4096 } });
+  assertEquals(back, {
+    layer: 1,
+    start: 2,
+    n: 3,
+    family: 2,
+    qkv: 16,
+    out: 0,
+    frames: { ...frames, chunks: 4096 },
+  });
   assertEquals(new Uint32Array(packed)[0], size.fkv_prefill_params); // struct_bytes
   const named = pack.fkv_device_info({
     compute_major: 9,
@@ -72,7 +80,7 @@ test("a value that its field cannot hold is refused by name", () => {
     ],
     [
       /fkv_workspace\.scores must be an address.*, got -8/,
-      () => pack.fkv_workspace({ scores: -8, n_misses: 0, misses: 0 }),
+      () => pack.fkv_workspace({ scores: -8, raw: 0, n_misses: 0, misses: 0 }),
     ],
   ];
   for (const [text, use] of bad) assertMatch(assertThrows(use, RangeError).message, text);

@@ -37,7 +37,12 @@ export function openTarget(options: DeviceOptions = {}): Device {
   return device;
 }
 
-/** The same for an engine's options. */
+/** The same for an engine's options: with the twin's chunks, and the numerics that claims of equal bits rest on. */
 export function onTarget(options: EngineOptions): EngineOptions {
-  return onTwin ? { device: "cpu", ...options } : { device: target, plain, ...options, twin: undefined };
+  if (onTwin) return { device: "cpu", ...options };
+  return {
+    ...{ device: target, plain, numerics: "invariant", prefillChunk: 512 },
+    ...options,
+    twin: undefined,
+  };
 }

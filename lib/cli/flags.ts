@@ -110,6 +110,12 @@ const engineFlags: readonly Flag[] = [
     parse: parseCount,
   },
   {
+    key: "numerics",
+    flags: "--numerics <kind>",
+    text: "fast, or invariant: the same bits whatever runs beside (default: fast)",
+    choices: ["fast", "invariant"],
+  },
+  {
     key: "kvDtype",
     flags: "--kv-dtype <dtype>",
     text: "storage of K and V (default: the checkpoint's)",

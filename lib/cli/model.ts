@@ -92,6 +92,9 @@ export interface Resolved extends Policy {
   readonly stagingBuffers: number;
   readonly chain: string;
   readonly prefillKv: string;
+  /** null: by the device. */
+  readonly prefillChunk: number | null;
+  readonly numerics: string;
   readonly estimate: string;
   readonly maxContext: number;
   readonly maxSequences: number;
@@ -117,6 +120,8 @@ export function resolved(model: Prepared): Resolved {
     stagingBuffers: options.stagingBuffers ?? 2,
     chain: options.chain ?? "auto",
     prefillKv: options.prefillKv ?? "device",
+    prefillChunk: options.prefillChunk ?? null,
+    numerics: options.numerics ?? "fast",
     estimate,
     maxContext,
     maxSequences: options.maxSequences,

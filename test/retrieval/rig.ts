@@ -52,6 +52,7 @@ export interface MissEntry {
 export interface Workspace {
   readonly packed: ArrayBuffer;
   readonly scores: number;
+  readonly raw: number;
   readonly nMisses: number;
   readonly misses: number;
 }
@@ -191,6 +192,7 @@ export class Rig extends Memory {
       flags: this.flags,
       counters: this.#counters,
       forced: null,
+      attend_scratch: null,
     });
     this.now = this.#workspace();
     this.next = this.#workspace();
@@ -206,7 +208,9 @@ export class Rig extends Memory {
     const scores = this.device.alloc(4 * heads * this.maxPages).address;
     const nMisses = this.device.alloc(4 * heads).address;
     const misses = this.device.alloc(size.fkv_miss * heads * this.maxSlots).address;
-    return { packed: pack.fkv_workspace({ scores, n_misses: nMisses, misses }), scores, nMisses, misses };
+    const raw = this.device.alloc(4 * heads * this.group * this.maxPages).address;
+    const packed = pack.fkv_workspace({ scores, raw, n_misses: nMisses, misses });
+    return { packed, scores, raw, nMisses, misses };
   }
 
   blockOf(lane: number, page: number): number {

@@ -27,7 +27,7 @@ export class Steps implements Disposable {
       Float64Array.from({ length: rig.headDim / 2 }, (_, i) => 10000 ** ((-2 * i) / rig.headDim)),
     );
     this.#queries = rig.device.alloc(rig.qkv.bytes);
-    this.stall = rig.zeroed(8);
+    this.stall = rig.zeroed(16);
     rig.mapBlocks();
     rig.stream.copy(rig.digests, this.#finite(rig.digests.bytes));
     rig.pool.view(Uint8Array).set(this.#random.bytes(rig.pool.bytes));
@@ -115,7 +115,7 @@ export class Steps implements Disposable {
 
   #retrieve(stage: "now" | "next" | "first", layer: number, n: number): void {
     const { rig } = this;
-    const { scores, nMisses, misses } = rig.workspaceOf(stage);
+    const { scores, raw, nMisses, misses } = rig.workspaceOf(stage);
     const params = pack.fkv_retrieve_params({
       layer,
       stage: stage === "now" ? FKV_NOW : stage === "next" ? FKV_NEXT : 2,
@@ -123,7 +123,7 @@ export class Steps implements Disposable {
       prepare: stage === "now" ? 1 : 0,
       finish: stage === "next" ? 1 : 0,
       digest_kind: 0,
-      workspace: { scores, n_misses: nMisses, misses },
+      workspace: { scores, raw, n_misses: nMisses, misses },
       qkv: rig.qkv,
       stall: this.stall,
       rope: stage === "now" ? this.#rope(n) : null,
