@@ -80,6 +80,7 @@ export class Layer8b implements Disposable {
       new Cache(device, g, pool, { maxRows: 1, maxLanes: 1, vocab: 1, pooling: 0, scoreScale }),
     );
     const blocks = pool.reserve(g.maxPages, this.stream);
+    pool.awaitReady(blocks);
 
     this.pages = owned.use(device.alloc(o.layers * nPages * g.frameBytes));
     const layer = randomBf16((nPages * g.frameBytes) / 2);

@@ -16,13 +16,15 @@ export interface Origin {
   readonly machine: string;
 }
 
-export function origin(): Origin {
+/** `commit`: where there is no git. */
+export function origin(given?: string): Origin {
   const git = (...words: string[]) => spawnSync("git", words, { cwd: root, encoding: "utf8" });
   const commit = git("rev-parse", "--short", "HEAD");
   const changed = git("diff", "--quiet", "HEAD", "--", "lib", "ffi", "cuda", "bench/*.ts", "bench/*.cpp");
   return {
     date: new Date().toISOString().slice(0, 10),
-    commit: commit.status === 0 ? commit.stdout.trim() + (changed.status === 0 ? "" : "+") : "unknown",
+    commit:
+      given ?? (commit.status === 0 ? commit.stdout.trim() + (changed.status === 0 ? "" : "+") : "unknown"),
     machine: `${cpus()[0]?.model.trim() ?? process.arch}, ${cores} cores`,
   };
 }

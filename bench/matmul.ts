@@ -1,6 +1,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // The four matrices of a layer as one dense chain: one row of x (decode), and a piece of a prompt (prefill).
 
+import { FKV_DECODE } from "../ffi/constants.ts";
 import { DenseQueue, epilogue, type Linear } from "../lib/dense.ts";
 import { Device, FKV_BF16 } from "../lib/device.ts";
 import type { BenchOptions, Floors } from "./bench.ts";
@@ -44,7 +45,13 @@ export function matmul(floors: Floors, { say }: BenchOptions): Row[] {
   stream.copy(attended, randomF32(prefillRows * heads * headDim));
   const limits = { maxRows: prefillRows, maxK: intermediate, maxOut: 2 * intermediate };
   const dense = owned.use(
-    new DenseQueue(device, stream, { dtype: FKV_BF16, eps: 1e-5, split: false, ...limits }),
+    new DenseQueue(device, stream, {
+      dtype: FKV_BF16,
+      eps: 1e-5,
+      split: false,
+      family: FKV_DECODE,
+      ...limits,
+    }),
   );
   const chain = (rows: number): void => {
     const add = (linear: Linear, kind: number, from: number, to: number, width: number): void =>

@@ -22,6 +22,15 @@ export function spread(samples: readonly number[]): Spread {
   return { median: at(0.5), p25: at(0.25), p75: at(0.75), least: at(0), most: at(1) };
 }
 
+/** The same in another unit. */
+export function scaled(of: Spread, factor: number): Spread {
+  const { median, p25, p75, least, most } = of;
+  return {
+    ...{ median: factor * median, p25: factor * p25, p75: factor * p75 },
+    ...{ least: factor * least, most: factor * most },
+  };
+}
+
 export const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
 
 export interface Sampling {
@@ -33,13 +42,14 @@ export interface Sampling {
 
 /**
  * Milliseconds of the device's clock that what `issue` issues takes, once for each sample; two more samples come first and
- * are dropped. `issue` is told the sample's number, so that inputs can be distinct.
+ * are dropped. `issue` is told the sample's number, so that inputs can be distinct; what `before` issues is not timed.
  */
 export function deviceMs(
   device: Device,
   stream: Stream,
   { atLeast, budgetMs }: Sampling,
   issue: (sample: number) => void,
+  before: () => void = () => {},
 ): number[] {
   using start = device.event();
   using end = device.event();
@@ -48,6 +58,7 @@ export function deviceMs(
   let deadline = Number.POSITIVE_INFINITY;
   for (let i = 0; samples.length < atLeast || performance.now() < deadline; i++) {
     if (i === warmups) deadline = performance.now() + budgetMs;
+    before();
     stream.record(start);
     issue(i);
     stream.record(end);

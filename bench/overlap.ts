@@ -30,6 +30,7 @@ const goal = 10;
 
 function open(made: Material, slots: number, linkBytesPerSecond: number): Promise<Reader> {
   return Reader.open(made, {
+    device: "cpu",
     ...{ budget, sink, window, pageSize, slots },
     maxContext: bookTokens + 1024,
     maxSequences: 2,

@@ -67,7 +67,7 @@ export class Reader implements AsyncDisposable {
   static async open(made: Material, options: EngineOptions): Promise<Reader> {
     const { policy, core: own } = resolveEngine(readConfig(made.dir), options);
     using checkpoint = openCheckpoint(made.dir);
-    const device = Device.open({ device: "cpu", ...options.twin });
+    const device = Device.open({ device: options.device as "cpu" | undefined, ...options.twin });
     const core = await Core.load(device, checkpoint, own, {});
     const book = new State(core, policy);
     await book.append(made.book, {});

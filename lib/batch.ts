@@ -1,7 +1,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // Concurrent runs share steps. The host reads results one step behind: while it hands out what step s told, step s + 1 is
 // under way. Each step's control is one entry of the pinned ring, written only after the step that used it last is complete.
-import { read, size, write } from "../ffi/structs.ts";
+import { offsets, read, size, write } from "../ffi/structs.ts";
 import { ringEntries } from "./cache.ts";
 import type { Core } from "./core.ts";
 import { type Deferred, deferred } from "./deferred.ts";
@@ -15,6 +15,22 @@ import type { State } from "./state.ts";
 const unknown = -1;
 
 export type Result = ReturnType<typeof read.fkv_result>;
+
+/** `fkv_result` with no more of the most probable tokens than were asked for: mostly none, and reading forty would take the longest. */
+function readResult(view: DataView, at: number): Result {
+  const place = offsets.fkv_result;
+  if (view.getInt32(at + place.n_top, true) > 0) return read.fkv_result(view, at);
+  return {
+    token: view.getInt32(at + place.token, true),
+    argmax: view.getInt32(at + place.argmax, true),
+    logprob: view.getFloat32(at + place.logprob, true),
+    n_top: 0,
+    stall_ns: Number(view.getBigUint64(at + place.stall_ns, true)),
+    counters: read.fkv_counters(view, at + place.counters),
+    top_id: [],
+    top_logprob: [],
+  };
+}
 
 /** What a step told of a run: how long its attention waited, and when the host heard of it (performance.now). */
 export interface Told {
@@ -233,7 +249,7 @@ export class Batch implements Disposable {
     const at = performance.now();
     let stallMs = 0;
     for (const [i, run] of runs.entries()) {
-      const result = read.fkv_result(this.#results, (entry + i) * size.fkv_result);
+      const result = readResult(this.#results, (entry + i) * size.fkv_result);
       if (i === 0) {
         stallMs = (result.stall_ns - this.#stallNs) / 1e6;
         this.#stallNs = result.stall_ns;

@@ -13,6 +13,8 @@ const firstBytes = 1024 * mib;
 /** Of so many blocks the digests are allocated together; an allocation takes the host a tenth of a millisecond. */
 const digestedBytes = 512 * mib;
 const pageBytes = 4096;
+/** Free blocks, the first to be pinned, that prompts leave to decode steps: these take one at a time and wait for no growth. */
+const leftToSteps = 64;
 
 const clamp = (value: number, least: number, most: number): number => Math.min(most, Math.max(least, value));
 const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
@@ -75,8 +77,9 @@ export class HostPool implements Disposable {
    */
   reserve(n: number, stream: Stream): number[] {
     if (this.#used + n > this.#limit) throw this.#exhausted(n);
-    while (this.#free.length < n) this.#extend(stream);
-    const ids = this.#free.splice(this.#free.length - n, n).reverse();
+    const left = n > 1 ? Math.min(leftToSteps, this.#limit - this.#used - n) : 0;
+    while (this.#free.length < n + left) this.#extend(stream);
+    const ids = this.#free.splice(this.#free.length - n - left, n).reverse();
     for (const id of ids) {
       this.#references[id] = 1;
       this.#reached = Math.max(this.#reached, id + 1);

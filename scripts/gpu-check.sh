@@ -12,17 +12,11 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 [ $# -ge 3 ] || { sed -n '2,12p' "${BASH_SOURCE[0]}"; exit 2; }
-logs=$(mkdir -p "$1" && cd "$1" && pwd) bun=$2 modules=$3 library=${4:-} limit=${LIMIT:-300}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+logs=$(mkdir -p "$1" && cd "$1" && pwd) library=${4:-} limit=${LIMIT:-300}
+. scripts/gpu-setup.sh
+setup "$2" "$3" "$library"
 failed=()
 
-unpack() { # FILE DEST: a copy, unpacked where it is .xz
-  case $1 in
-    *.xz) python3 -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' "$1" "$2" ;;
-    *) cp "$1" "$2" ;;
-  esac
-}
 step() { # NAME COMMAND…: its output goes to LOGS/NAME.log
   local name=$1 start=$SECONDS code; shift
   "$@" >"$logs/$name.log" 2>&1; code=$?
@@ -36,12 +30,7 @@ sanitize() { # TOOL FILE: one line about it; its output goes to a file of its ow
   echo "$([ $code -eq 0 ] && echo ok || echo FAIL) $1 $2: exit code $code, $(grep -E 'SUMMARY|^ *[0-9]+ (pass|fail)$' "$log" | tr -s '= \n' ' ')"
 }
 
-unpack "$bun" "$work/bun" && chmod +x "$work/bun" && bun=$work/bun || exit 2
-if [ ! -e node_modules ]; then
-  if [ -d "$modules" ]; then ln -s "$(realpath "$modules")" node_modules; else tar -xzf "$modules"; fi
-fi
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$logs/gpu.log"
-if [ -n "$library" ]; then mkdir -p dist/native/linux-x64 && unpack "$library" dist/native/linux-x64/libfreekv_cuda.so; fi
 step build timeout "$limit" "$bun" scripts/build.ts ptx $([ -n "$library" ] || echo cuda:here)
 
 step tests timeout "$limit" "$bun" scripts/test.ts --device "${DEVICE:-cuda}" -v -j 4 ${TESTS:-}

@@ -6,6 +6,7 @@ import {
   assert,
   assertEquals,
   assertGreaterOrEqual,
+  assertLess,
   assertLessOrEqual,
   assertMatch,
   assertRejects,
@@ -180,6 +181,23 @@ test("a pool is pinned ahead of those who take blocks, and no further than its l
   assertEquals([little.bytes, little.used, new Set(ten).size], [10 * g.blockBytes, 10, 10]);
   const error = await assertRejects(async () => little.reserve(1, stream), FreeKVError);
   assertMatch(error.message, /exhausted at 10 of 10 pages/);
+});
+
+test("a decode step's block does not wait for the growth that a prompt asked for", { timeout }, async () => {
+  using device = open();
+  using stream = device.stream();
+  const g = geometry(32);
+  const limit = 4000;
+  using pool = new HostPool(device, g, limit * g.blockBytes);
+  const first = pool.reserve(10, stream);
+  await pool.whenReady(first);
+  const prompt = pool.reserve(3000, stream);
+  const steps = Array.from({ length: 60 }, () => pool.reserve(1, stream)[0] as number);
+  // Blocks are pinned in the order of their ids.
+  assertLess(Math.max(...steps), Math.min(...prompt));
+  assertEquals(pool.ready(steps), true);
+  // Where nothing else is left, a prompt takes all of it.
+  assertEquals(pool.reserve(limit - pool.used, stream).length, limit - 3070);
 });
 
 test("where the system pins no more, a pool is as large as it is", { timeout, skip: twinOnly }, async () => {
