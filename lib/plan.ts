@@ -37,7 +37,7 @@ export function planOf(p: Policy, pageSize: number, maxPages: number, engineSlot
       `budget ${p.budget} selects ${k} pages a head, but the engine has ${engineSlots} slots; raise --slots or lower --budget`,
     );
   const speculates = p.policy === "freekv";
-  const slots = resident || !selects ? 0 : Math.max(k, Math.min(engineSlots ?? 2 * k, maxPages));
+  const slots = resident || !selects ? 0 : Math.max(k, Math.min(engineSlots ?? 3 * k, maxPages));
   return {
     sinkPages,
     windowPages: p.policy === "streaming" ? (p.budget - p.sink) / pageSize : p.window / pageSize,

@@ -39,7 +39,7 @@ export function header(run: DemoRun, model: Prepared, book: PlacedBook): string[
   const { slots } = model.options;
   const { recall, orchestration, pageSize, kvDtype } = resolved(model);
   const engine = [
-    `slots ${slots === undefined ? "2 × selected" : `${thousands(slots)} pages`}`,
+    `slots ${slots === undefined ? "3 × selected" : `${thousands(slots)} pages`}`,
     `pages of ${pageSize} tokens, ${kvDtype}`,
     `recall ${recall}, ${orchestration}`,
   ];

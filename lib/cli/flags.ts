@@ -69,7 +69,7 @@ const engineFlags: readonly Flag[] = [
   {
     key: "slots",
     flags: "--slots <pages>",
-    text: "pages cached per KV head (default: twice the selection)",
+    text: "pages cached per KV head (default: three times the selection)",
     parse: parseCount,
   },
   {
