@@ -6,17 +6,16 @@
 // number of blocks that share a head change addresses and who does the work, never a sum.
 //
 // floor: the visited pages' K and V once, 2·tokens·d values a KV head, at HBM read speed (2080 tokens, d 128, bf16, 8 heads:
-// 8.1 MiB → 2.5 us on an H100); measured on an H100 that reads 3.08 TB/s: 11 us at batch 1, 32 at 8, 105 at 32; every page of
+// 8.1 MiB → 2.5 us on an H100); measured on an H100 that reads 3.08 TB/s: 9.7 us at batch 1, 32 at 8, 104 at 32; every page of
 // 131,072 tokens 191 us = 91% of that rate. What is over the floor is 6 us of a launch, four trips to memory in a row and the
 // combination.
-#include "attend_tile.cuh"
+#include "attend_combine.cuh"
 #include "attend_visits.cuh"
 
 namespace fkv {
 namespace {
 
 constexpr const char* kCall = "fkv_attend";
-constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int32_t kLeastStrands = 32, kMostStrands = 128;  // part of the numerics
 constexpr int kBlocks = 16 / kWarps;  // of up to 128 registers a thread: what a multiprocessor holds at a time
 
@@ -26,15 +25,6 @@ int32_t strands_of(const fkv_cache& cache) {
   while (strands < kMostStrands && strands * cache.n_kv_heads < 8 * kLeastStrands) strands *= 2;
   return strands;
 }
-
-struct Job {
-  float* out;
-  const float* qkv;
-  unsigned* arrived;  // [row][KV head] blocks that are done; zeros between launches
-  Sums* sums;         // [row][KV head][strand][group]
-  float* values;      // [row][KV head][strand][group][d]: Σ 2^(score − maximum)·V
-  int32_t layer, strands;
-};
 
 template <int N>
 struct alignas(4 * N) Floats {
@@ -65,65 +55,6 @@ struct Strand {
     }
   }
 };
-
-// The strands 0 .. n − 1 of one row's KV head → out, by the whole block. `weights`: shared, [group][n]; `totals`: [group]. A
-// thread reads the next strands while it adds those before; loops stay short, because few blocks come here and their
-// instructions are cold.
-__device__ __forceinline__ void combine_strands(float* out, const Job& job, int64_t first, int32_t n, int32_t group, int32_t d,
-                                                float* weights, float* totals) {
-  constexpr int kBatch = 8;
-  const int lane = threadIdx.x % kWarp;
-  const int32_t quarters = d / 4, items = group * quarters;
-  const auto load = [&](float4 (&to)[kBatch], int32_t item, int32_t begin) {
-    const float* from = job.values + first * group * d + int64_t{item} * 4;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      to[i] = __ldcg(reinterpret_cast<const float4*>(from + int64_t{min(begin + i, n - 1)} * group * d));
-  };
-  float4 now[kBatch], next[kBatch];
-  load(now, min(static_cast<int32_t>(threadIdx.x), items - 1), 0);
-
-  for (int head = threadIdx.x / kWarp; head < group; head += kWarps) {
-    const auto sums_of = [&](int32_t strand) {
-      return __ldcg(reinterpret_cast<const float2*>(job.sums + (first + strand) * group + head));
-    };
-    const float2 own = lane < n ? sums_of(lane) : make_float2(-INFINITY, 0.0f);
-    float maximum = own.x, total = 0.0f;
-    for (int32_t strand = lane + kWarp; strand < n; strand += kWarp) maximum = fmaxf(maximum, sums_of(strand).x);
-    maximum = warp_max(maximum);
-    for (int32_t strand = lane; strand < n; strand += kWarp) {
-      const float2 sums = strand < kWarp ? own : sums_of(strand);
-      const float weight = exp2f(sums.x - maximum);
-      weights[head * n + strand] = weight;
-      total = fmaf(weight, sums.y, total);
-    }
-    total = warp_sum(total);
-    if (lane == 0) totals[head] = total;
-  }
-  __syncthreads();
-
-  for (int32_t item = threadIdx.x; item < items; item += kThreads) {
-    const int32_t head = item / quarters;
-    const float* weight = weights + head * n;
-    float4 sum{};
-    if (item >= kThreads) load(now, item, 0);
-#pragma unroll 1
-    for (int32_t begin = 0; begin < n; begin += kBatch) {
-      load(next, item, begin + kBatch);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i >= n) break;
-        const float each = weight[begin + i];
-        sum = make_float4(fmaf(each, now[i].x, sum.x), fmaf(each, now[i].y, sum.y), fmaf(each, now[i].z, sum.z),
-                          fmaf(each, now[i].w, sum.w));
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) now[i] = next[i];
-    }
-    const float total = totals[head];
-    *reinterpret_cast<float4*>(out + int64_t{item} * 4) = make_float4(sum.x / total, sum.y / total, sum.z / total, sum.w / total);
-  }
-}
 
 // *count + 1, after what the block wrote and before what it reads next, as other blocks see it.
 __device__ __forceinline__ unsigned arrive(unsigned* count) {

@@ -23,8 +23,15 @@ namespace {
 
 constexpr const char* kCall = "fkv_dense_chain";
 constexpr int kChainThreads = kPartsThreads + kWarp;
-// Side kernels of up to 33 KiB fit beside it on one multiprocessor.
 constexpr int kSharedBytes = 192 * 1024;
+// A side kernel fits beside the chain on one multiprocessor. Of its 228 KiB, 1 KiB a block is the system's own; warps are dealt to
+// its quarters, each of which has 16384 registers; the kernel's bounds (as if two of it were to fit) leave a thread at most 96.
+constexpr int kChainRegisters = 96, kQuarters = 4, kQuarterRegisters = 16384;
+constexpr int most_warps(int threads) { return static_cast<int>(divide_up(threads / kWarp, kQuarters)); }  // of a quarter
+static_assert(kQuarterRegisters / (most_warps(2 * kChainThreads) * kWarp) / 8 * 8 <= kChainRegisters);
+static_assert((most_warps(kChainThreads) * kChainRegisters + most_warps(kSideThreads) * kSideRegisters) * kWarp <=
+              kQuarterRegisters);
+static_assert(kSharedBytes + kSideShared + 2 * 1024 <= 228 * 1024);
 // More of x than this is not kept: the ring is worth more.
 constexpr int64_t kWholeBytes = 72 * 1024;
 constexpr int64_t kPartialBytes = 8 << 20;  // of a split phase; more rows of W become phases of their own
@@ -51,7 +58,7 @@ __device__ __forceinline__ void multiply_slice(Part<N>& part, const Ring& ring, 
           *reinterpret_cast<float4*>(v[c][n] + 4) = *reinterpret_cast<const float4*>(from + 4);
         }
     }
-    Ring::wait(ring.full + place.stage, place.parity);
+    barrier_wait(ring.full + place.stage, place.parity);
     const char* from = ring.stages + place.stage * kStageBytes + g * kStagePitch + warp * (kChunk * 2) + t * 16;
 #pragma unroll
     for (int c = 0; c < kStageChunks; ++c) {
@@ -62,7 +69,7 @@ __device__ __forceinline__ void multiply_slice(Part<N>& part, const Ring& ring, 
       }
     }
     __syncwarp();
-    if (lane == 0) Ring::arrive(ring.empty + place.stage);
+    if (lane == 0) barrier_arrive(ring.empty + place.stage);
     place.advance(ring);
 #pragma unroll
     for (int c = 0; c < kStageChunks; ++c) part.add(upper[c], lower[c], v[c]);
@@ -129,7 +136,6 @@ __device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& 
   }
 }
 
-// At most 104 registers a thread, where N is 1: a side kernel of 128 × 256 fits beside.
 template <class T, int N>
 __global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_constant__ Chain chain) {
   extern __shared__ __align__(128) char memory[];

@@ -2,6 +2,7 @@
 // filling warp waits for free stages only, never for a phase to end, so that memory stays busy while blocks meet.
 #pragma once
 #include "chain_work.cuh"
+#include "hopper.cuh"
 
 namespace fkv {
 
@@ -14,10 +15,6 @@ static_assert(kSlice % kStageK == 0 && kStageK % (kChunk * kParts) == 0);
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
 struct Ring {
   uint64_t* full;   // [n_stages] a stage has arrived
   uint64_t* empty;  // [n_stages] all warps have read it
@@ -27,26 +24,10 @@ struct Ring {
   // By one thread, before anybody waits.
   __device__ __forceinline__ void begin() const {
     for (int i = 0; i < n_stages; ++i) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + i)) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(empty + i)), "n"(kParts) : "memory");
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, kParts);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  static __device__ __forceinline__ void wait(uint64_t* barrier, unsigned parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-  }
-  static __device__ __forceinline__ void arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+    fence_barriers();
   }
 };
 
@@ -81,11 +62,10 @@ __device__ __forceinline__ void fill_ring(const Ring& ring, const Chain& chain) 
       const char* from = phase.weight + (static_cast<int64_t>(unit.tile * kTileOuts + lane) * phase.k + unit.first) * 2;
 #pragma unroll 1
       for (int32_t at = unit.first; at < unit.end; at += kStageK, from += kStageK * 2) {
-        Ring::wait(ring.empty + place.stage, place.parity ^ 1);  // at once in the first round
+        barrier_wait(ring.empty + place.stage, place.parity ^ 1);  // at once in the first round
         const unsigned bytes = min(kStageK, unit.end - at) * 2;
-        const unsigned full = shared_address(ring.full + place.stage);
-        if (lane == 0)
-          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(bytes * rows) : "memory");
+        const uint32_t full = shared_address(ring.full + place.stage);
+        if (lane == 0) barrier_expect(full, bytes * rows);
         __syncwarp();
         if (lane < rows)
           asm volatile(

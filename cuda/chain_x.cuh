@@ -7,18 +7,6 @@ namespace fkv {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// Size (8 or 16) bytes, or as many zeros.
-template <int Size>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
-  const int bytes = inside ? Size : 0;
-  if constexpr (Size == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
-}
-
 template <class T>
 struct alignas(8) Quad {
   T v[4];
@@ -50,7 +38,7 @@ __device__ __forceinline__ void load_x(float* out, int32_t pitch, T* norm, float
         if (at < padded) copy_async<16>(out + row * pitch + at, at < length ? x + at : x, at < length);
       }
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  await_copies();
   for (int32_t slice = 0; slice < length && phase.norm != nullptr; slice += kSlice) {
     float by[2][4] = {};
 #pragma unroll

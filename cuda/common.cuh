@@ -45,7 +45,11 @@ int32_t allow_shared(fkv_stream* stream, const char* call, Kernel kernel, size_t
                    cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), call);
 }
 
-// The same for a kernel that runs beside a dense chain: where the SM's shared memory is not already divided as the chain wants it, it
+// What a kernel that runs beside a dense chain may have of a multiprocessor at most (chain.cu checks that both fit).
+constexpr int kSideThreads = 256, kSideRegisters = 112;
+constexpr size_t kSideShared = 33 * 1024;
+
+// The same as allow_shared for such a kernel: where the SM's shared memory is not already divided as the chain wants it, it
 // waits until the SM is empty. To be said before the launch, every time; CUDA is told once.
 template <class Kernel>
 int32_t side_kernel(fkv_stream* stream, const char* call, Kernel kernel, size_t bytes) {

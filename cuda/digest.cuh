@@ -37,7 +37,8 @@ __device__ __forceinline__ Channel mean_deviation(const char* keys, int64_t stri
 
 // One head's digest by the whole block: low and high [d] of `block` from a page's K rows; a thread a channel.
 template <class T>
-__device__ __forceinline__ void digest_page(const fkv_cache& cache, int32_t kind, const HeadPage& page, int64_t block, int32_t layer, int32_t head) {
+__device__ __forceinline__ void digest_page(const fkv_cache& cache, int32_t kind, const HeadPage& page, int64_t block, int32_t layer,
+                                            int32_t head) {
   T* low = reinterpret_cast<T*>(frame_address(cache.digests, block, layer, head, 0, 0));
   T* high = reinterpret_cast<T*>(frame_address(cache.digests, block, layer, head, 1, 0));
   for (int32_t c = threadIdx.x; c < cache.head_dim; c += blockDim.x) {

@@ -56,7 +56,7 @@ typedef struct fkv_device_params {
   uint64_t schedule_seed;          // twin only: 0 = real threads; else operations run one at a time in a seeded order (see cpu/twin.h)
   double link_bytes_per_second;    // twin only: simulated host link, each way; 0 = none
   int32_t threads;                 // twin only: compute threads; 0 = all cores
-  int32_t plain;                   // CUDA only: 1 = as on a chip without clusters, cooperative launches and 200 KiB of shared memory; same bits
+  int32_t plain;                   // CUDA only: 1 = as on a chip without clusters, warpgroups and 200 KiB of shared memory; same bits
 } fkv_device_params;
 typedef struct fkv_device_info {
   uint32_t struct_bytes;
@@ -141,10 +141,10 @@ FKV_API int32_t fkv_embed(float* out, const int32_t* tokens, const void* table, 
 // Prologue: with `norm`, x·rsqrt(mean(x²) + eps)·norm per row (RMSNorm). Epilogue, in this order: + bias; then
 // STORE y = v · ADD y += v (residual) · SWIGLU with W's rows interleaved gate, up, gate, up…: y[i] = silu(v[2i])·v[2i+1], n_out/2 values.
 enum { FKV_STORE = 0, FKV_ADD = 1, FKV_SWIGLU = 2 };
-// Whose sums: DECODE, f32 in one order; PREFILL, tensor cores in one order, x as the sum of two values of the weights' type (f32 weights: as
-// DECODE; a weight that is infinite makes NaN). In both, that order is fixed by k alone, never by n_rows (design section 5). FAST: whatever
-// is fastest for this many rows, many of them with x rounded to the weights' type. The twin has one order for all.
-// In PREFILL and FAST, the y of a SWIGLU phase that the next phase of the same call reads as its x is undefined afterwards.
+// Whose sums; on CUDA in f32 on tensor cores. DECODE: W exact (f32 W, and x always, as the sum of two tf32 values: 23 bits). PREFILL: x as the sum
+// of two values of W's type (a W that is infinite makes NaN); f32 W as DECODE. In both the order is fixed by k alone, never by n_rows (design
+// section 5); how an instruction adds its products is the chip's own. FAST: few rows as DECODE, many with x rounded to W's type. The twin has one
+// order for all. In PREFILL and FAST, the y of a SWIGLU phase that the next phase of the same call reads as its x is undefined afterwards.
 enum { FKV_DECODE = 0, FKV_PREFILL = 1, FKV_FAST = 2 };
 typedef struct fkv_phase {
   const void* weight;
@@ -308,7 +308,7 @@ typedef struct fkv_miss { int32_t page, slot, block, frame; } fkv_miss;
 // Memory of one retrieval in flight; NOW and NEXT have their own.
 typedef struct fkv_workspace {
   float* scores;        // [max_rows][Hkv][max_pages]
-  float* raw;           // [max_rows][Hkv][G][max_pages] of each query head, where a long context leaves no room for them elsewhere
+  float* raw;           // [max_rows][Hkv][G][max_pages] of each query head, what an SM's shared memory does not hold
   int32_t* n_misses;    // [max_rows][Hkv]
   fkv_miss* misses;     // [max_rows][Hkv][max_slots]
 } fkv_workspace;

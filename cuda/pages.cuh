@@ -30,41 +30,6 @@ __device__ __forceinline__ void require(bool condition) {
   if (!condition) __trap();
 }
 
-// Eight stored values that are not widened yet: half the registers while a load is in flight.
-template <class T>
-struct Packed {
-  uint4 bits[sizeof(T) / 2];
-};
-template <class T>
-__device__ __forceinline__ Packed<T> load_packed(const void* p) {
-  Packed<T> out;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) out.bits[i] = static_cast<const uint4*>(p)[i];
-  return out;
-}
-template <class T>
-__device__ __forceinline__ Packed<T> packed_zeros() {
-  Packed<T> out;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) out.bits[i] = make_uint4(0, 0, 0, 0);
-  return out;
-}
-template <class T>
-__device__ __forceinline__ Eight unpack(const Packed<T>& packed) {
-  const T* values = reinterpret_cast<const T*>(packed.bits);
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out.v[i] = to_f32(values[i]);
-  return out;
-}
-
-// The lanes of a warp that share one row of `head_dim` values, eight a lane; a power of two, so some may have none.
-inline int32_t lanes_of_row(int32_t head_dim) {
-  int32_t lanes = 1;
-  while (lanes * 8 < head_dim) lanes *= 2;
-  return lanes;
-}
-
 // K and V of one page of one head: its first byte, and the bytes from K to V and between token rows.
 struct HeadPage {
   char* start;

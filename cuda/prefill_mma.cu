@@ -4,6 +4,7 @@
 // floor: 4·d operations for each query head and key at or before it, at the bf16 rate; twice that with two parts. Measured on an
 // H100, 2048 tokens from 28672 on, d 128: 5.7 ms and 8.2 ms, bound by reading fragments from shared memory; the same bits as
 // prefill_warpgroups.cu there.
+#include "mma.cuh"
 #include "prefill.cuh"
 #include "prefill_tile.cuh"
 
@@ -24,44 +25,6 @@ struct Layout {
   int32_t spoilt[kPanels<kD> * kPanel];
 };
 
-__device__ __forceinline__ uint32_t shared_at(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// Sixteen bytes on their way to shared memory; zeros where there are none.
-__device__ __forceinline__ void copy_piece(char* to, const char* from, bool some) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_at(to)), "l"(from), "r"(some ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void await_pieces() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Four 8 × 8 matrices, whose rows' addresses come from eight lanes each.
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const char* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_at(row))
-               : "memory");
-}
-__device__ __forceinline__ void load_transposed(uint32_t (&out)[4], const char* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_at(row))
-               : "memory");
-}
-
-// sums [16][8] += A [16][16] · B [16][8].
-template <class T>
-__device__ __forceinline__ void multiply(float* sums, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (Stored<T>::kDtype == FKV_BF16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
 // K (kv 0) or V of one block into a tile, by the whole block; zeros from `length` on, and past d: what follows a tile is never
 // read.
 template <class T, int kD>
@@ -78,7 +41,7 @@ __device__ __forceinline__ void copy_tile(char* tile, const fkv_cache& cache, co
       const int32_t page = position >> page_bits;
       from = frame_address(params.frames, page, params.layer, head, kv, position & (cache.page_size - 1)) + piece * 16;
     }
-    copy_piece(tile + piece / 8 * (kBlockKeys<kD> * kRowBytes) + panel_offset(row, piece % 8), from, some);
+    copy_async<16>(tile + piece / 8 * (kBlockKeys<kD> * kRowBytes) + panel_offset(row, piece % 8), from, some);
   }
 }
 
@@ -94,17 +57,17 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[n], const char* q,
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const char* panel = q + (part * kPanels<kD> + k / 4) * kRows<kD, kParts> * kRowBytes;
-      load_matrices(a[part], panel + panel_offset(row, k % 4 * 2 + lane / 16));
+      load_matrices(a[part], shared_address(panel + panel_offset(row, k % 4 * 2 + lane / 16)));
     }
     const char* panel = keys + k / 4 * kBlockKeys<kD> * kRowBytes;
 #pragma unroll
     for (int j = 0; j < n / 8; ++j) {
       uint32_t b[4];
-      load_matrices(b, panel + panel_offset(j * 16 + lane / 16 * 8 + lane % 8, k % 4 * 2 + lane / 8 % 2));
+      load_matrices(b, shared_address(panel + panel_offset(j * 16 + lane / 16 * 8 + lane % 8, k % 4 * 2 + lane / 8 % 2)));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        multiply<T>(scores + 8 * j, a[part], b[0], b[1]);
-        multiply<T>(scores + 8 * j + 4, a[part], b[2], b[3]);
+        multiply_16x8<T>(scores + 8 * j, a[part], b[0], b[1]);
+        multiply_16x8<T>(scores + 8 * j + 4, a[part], b[2], b[3]);
       }
     }
   }
@@ -121,11 +84,11 @@ __device__ __forceinline__ void multiply_values(float (&sums)[n], const uint32_t
     for (int j = 0; j < n / 8; ++j) {
       uint32_t b[4];
       const char* panel = values + j / 4 * kBlockKeys<kD> * kRowBytes;
-      load_transposed(b, panel + panel_offset(k * 16 + lane % 16, j % 4 * 2 + lane / 16));
+      load_transposed(b, shared_address(panel + panel_offset(k * 16 + lane % 16, j % 4 * 2 + lane / 16)));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        multiply<T>(sums + 8 * j, weights[part][k], b[0], b[1]);
-        multiply<T>(sums + 8 * j + 4, weights[part][k], b[2], b[3]);
+        multiply_16x8<T>(sums + 8 * j, weights[part][k], b[0], b[1]);
+        multiply_16x8<T>(sums + 8 * j + 4, weights[part][k], b[2], b[3]);
       }
     }
   }
@@ -152,7 +115,7 @@ __global__ void __launch_bounds__(Layout<kD, kParts>::kThreads, 1)
   Rows rows{{tile.position(row), tile.position(row + 8)}};
   float sums[kD / 2] = {};
   for (int32_t first = 0; first < length; first += kKeys) {
-    await_pieces();
+    await_copies();
     __syncthreads();
     fetch(shared.values, 1, first);
     float scores[kKeys / 2], fade[2];
@@ -164,7 +127,7 @@ __global__ void __launch_bounds__(Layout<kD, kParts>::kThreads, 1)
     pack_weights<T, kParts>(weights, scores);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) sums[i] *= fade[i / 2 % 2];
-    await_pieces();
+    await_copies();
     __syncthreads();
     if (first + kKeys < length) fetch(shared.keys, 0, first + kKeys);
     if (masked) {

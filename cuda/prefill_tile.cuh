@@ -5,6 +5,7 @@
 // A tile is rows (token, query head of the group) under one KV head. Fragments are those of mma.m16n8k16: of sixteen rows a
 // thread has rows lane / 4 and that + 8, and of eight columns 2·(lane mod 4) and that + 1.
 #pragma once
+#include "mma.cuh"
 #include "pages.cuh"
 
 namespace fkv {
@@ -51,23 +52,6 @@ __device__ __forceinline__ float* output_of(const fkv_cache& cache, const fkv_pr
   return params.out + (token * static_cast<int64_t>(cache.n_q_heads) + h) * cache.head_dim;
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-template <>
-__device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
-  const __half2 two = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-template <class T>
-__device__ __forceinline__ float2 unpack2(uint32_t bits) {
-  const T* two = reinterpret_cast<const T*>(&bits);
-  return {to_f32(two[0]), to_f32(two[1])};
-}
 // out[0]: both rounded to T; out[1], of two parts: what the rounding left, rounded.
 template <class T, int kParts>
 __device__ __forceinline__ void split2(uint32_t (&out)[kParts], float low, float high) {

@@ -5,11 +5,9 @@
 // floor: 4·d operations for each query head and key at or before it, at the bf16 rate (a chunk of 2048 tokens at 32K, d 128, 32
 // heads: 1.07 T → 1.1 ms a layer at the 989 T/s of an H100's data sheet); twice that with two parts. Measured on an H100, the
 // 2048 tokens from 28672 on: 1.50 ms = 664 T/s with one part, 2.53 ms with two.
-#include <cudaTypedefs.h>
-
+#include "hopper.cuh"
 #include "prefill.cuh"
 #include "prefill_tile.cuh"
-#include "prefill_wgmma.cuh"
 
 namespace fkv {
 namespace {
@@ -21,9 +19,9 @@ template <int kD, int kParts>
 struct Layout {
   static constexpr int kStages = kD > 128 && kParts == 2 ? 1 : 2;  // tiles of K, and of V, in shared memory
   static constexpr int kPartBytes = kPanels<kD> * kRows * kRowBytes;
-  alignas(1024) char q[kParts * kPartBytes];
-  alignas(1024) char keys[kStages][kTileBytes<kD>];
-  alignas(1024) char values[kStages][kTileBytes<kD>];
+  alignas(kSwizzleBytes) char q[kParts * kPartBytes];
+  alignas(kSwizzleBytes) char keys[kStages][kTileBytes<kD>];
+  alignas(kSwizzleBytes) char values[kStages][kTileBytes<kD>];
   int32_t spoilt[kPanels<kD> * kPanel];
   // K or V can be used; V has landed and is to be looked through first; both warpgroups are done with K or V.
   uint64_t keys_full[kStages], values_full[kStages], values_landed[kStages], keys_empty[kStages], values_empty[kStages];
@@ -185,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = Layout<kD, kParts>;
   extern __shared__ char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory + ((1024 - shared_address(memory) % 1024) % 1024));
+  Shared& shared = *reinterpret_cast<Shared*>(memory + (kSwizzleBytes - shared_address(memory) % kSwizzleBytes) % kSwizzleBytes);
   const QueryTile tile = query_tile(cache, params, tiles, kRows);
   const Extent extent{tile.position(kRows - 1) / kBlockKeys<kD> + 1, (tile.position(0) + 1) / kBlockKeys<kD>};
   for (int i = threadIdx.x; i < kPanels<kD> * kPanel; i += kThreads) shared.spoilt[i] = INT32_MAX;
@@ -213,14 +211,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// A layer's pages as [kv][head][page][row][channel], in boxes of a block's keys and 64 channels; what lies outside reads as
-// zeros.
-int32_t map_pages(CUtensorMap* map, const char* call, const fkv_cache& cache, const fkv_prefill_params& params, int keys) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  FKV_REQUIRE(error == cudaSuccess && result == cudaDriverEntryPointSuccess && found != nullptr, FKV_UNSUPPORTED,
-              "%s: the driver has no cuTensorMapEncodeTiled", call);
+// A layer's pages as [kv][head][page][row][channel], in boxes of a block's keys and 64 channels.
+int32_t map_pages(CUtensorMap* map, const char* call, const fkv_cache& cache, const fkv_prefill_params& params, int keys,
+                  fkv_stream* stream) {
+  EncodeTiled encode = nullptr;
+  if (const int32_t status = find_encode(&encode, call, stream)) return status;
   const fkv_frames& frames = params.frames;
   const auto p = static_cast<uint32_t>(cache.page_size);
   const cuuint64_t sizes[] = {static_cast<uint32_t>(cache.head_dim), p,
@@ -228,22 +223,16 @@ int32_t map_pages(CUtensorMap* map, const char* call, const fkv_cache& cache, co
                               static_cast<uint32_t>(cache.n_kv_heads), 2};
   const cuuint64_t strides[] = {static_cast<uint64_t>(frames.row), static_cast<uint64_t>(frames.frame),
                                 static_cast<uint64_t>(frames.head), static_cast<uint64_t>(frames.kv)};
-  const cuuint32_t box[] = {kPanel, p, static_cast<uint32_t>(keys) / p, 1, 1}, each[] = {1, 1, 1, 1, 1};
-  const CUresult status = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found)(
-      map, cache.dtype == FKV_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-      frame_address(frames, 0, params.layer, 0, 0, 0), sizes, strides, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  FKV_REQUIRE(status == CUDA_SUCCESS, FKV_BAD_ARGUMENT, "%s: the pages cannot be mapped (driver error %d)", call,
-              static_cast<int>(status));
-  return FKV_OK;
+  const cuuint32_t box[] = {kPanel, p, static_cast<uint32_t>(keys) / p, 1, 1};
+  return encode_map(map, encode, call, cache.dtype, frame_address(frames, 0, params.layer, 0, 0, 0), sizes, strides, box);
 }
 
 template <class T, int kD, int kParts>
 int32_t issue(const char* call, const fkv_cache& cache, const fkv_prefill_params& params, fkv_stream* stream) {
   CUtensorMap map;
-  if (const int32_t status = map_pages(&map, call, cache, params, kBlockKeys<kD>)) return status;
+  if (const int32_t status = map_pages(&map, call, cache, params, kBlockKeys<kD>, stream)) return status;
   const auto tiles = static_cast<int32_t>(divide_up(int64_t{params.n} * group_of(cache), kRows));
-  constexpr size_t kShared = sizeof(Layout<kD, kParts>) + 1024;
+  constexpr size_t kShared = sizeof(Layout<kD, kParts>) + kSwizzleBytes;
   if (const int32_t status = allow_shared(stream, call, warpgroups_kernel<T, kD, kParts>, kShared)) return status;
   const unsigned blocks = static_cast<unsigned>(tiles) * static_cast<unsigned>(cache.n_kv_heads);
   warpgroups_kernel<T, kD, kParts><<<blocks, kThreads, kShared, stream->handle>>>(map, cache, params, tiles);

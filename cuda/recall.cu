@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kPieceLoads; ++j) {
       const uint32_t piece = portion.first + j * kWarp;
-      if (piece < portion.n) data[j] = *pieces.place(portion.route.from, piece);
+      if (piece < portion.n) data[j] = *pieces.spot(piece).in(portion.route.from);
     }
     i += gridDim.x * kWarps;
     const Portion next = locate(i);
 #pragma unroll
     for (int j = 0; j < kPieceLoads; ++j) {
       const uint32_t piece = portion.first + j * kWarp;
-      if (piece < portion.n) *pieces.place(portion.route.to, piece) = data[j];
+      if (piece < portion.n) *pieces.spot(piece).in(portion.route.to) = data[j];
     }
     portion = next;
   }

@@ -14,15 +14,35 @@ __device__ __forceinline__ Route route_of(const fkv_cache& cache, const fkv_lane
           miss.frame >= 0 ? page_in(cache, lane, layer, miss.frame, head) : page_in(cache.host, miss.block, layer, head)};
 }
 
+// Division by a number that is nearly always a power of two, which the compiler cannot know.
+struct Divisor {
+  uint32_t value, shift;  // shift: 32 where it is none
+
+  __device__ explicit Divisor(uint32_t by) : value(by), shift(32) {
+    if ((by & (by - 1)) == 0) shift = __popc(by - 1);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t x) const { return shift < 32 ? x >> shift : x / value; }
+};
+
+// Sixteen bytes of a head page.
+struct Spot {
+  uint32_t kv, row, column;
+
+  __device__ __forceinline__ uint4* in(const HeadPage& page) const {
+    return reinterpret_cast<uint4*>(page.start + kv * page.kv + row * page.row) + column;
+  }
+};
+
 // A head page in pieces of sixteen bytes, K's rows and then V's.
 struct Pieces {
-  uint32_t width, half, all;  // of a row, of K, of both
+  Divisor width;      // of a row
+  uint32_t half, all;  // of K, of both
 
-  __device__ Pieces(const fkv_cache& cache)
-      : width(cache.head_dim * static_cast<uint32_t>(dtype_bytes(cache.dtype)) / 16), half(cache.page_size * width), all(2 * half) {}
-  __device__ __forceinline__ uint4* place(const HeadPage& page, uint32_t piece) const {
-    const uint32_t kv = piece >= half, rest = piece - kv * half, row = rest / width;
-    return reinterpret_cast<uint4*>(page.start + kv * page.kv + row * page.row) + (rest - row * width);
+  __device__ explicit Pieces(const fkv_cache& cache)
+      : width(cache.head_dim * static_cast<uint32_t>(dtype_bytes(cache.dtype)) / 16), half(cache.page_size * width.value), all(2 * half) {}
+  __device__ __forceinline__ Spot spot(uint32_t piece) const {
+    const uint32_t kv = piece >= half, rest = piece - kv * half, row = width.quotient(rest);
+    return {kv, row, rest - row * width.value};
   }
 };
 

@@ -11,12 +11,10 @@ namespace fkv {
 namespace {
 
 constexpr int kStallThreads = 256;
-// A kernel that runs beside a dense chain has so much of an SM's shared memory, its static variables included.
-constexpr size_t kBesideShared = 33 * 1024;
-constexpr size_t kStaticShared = 1536;
+constexpr size_t kStaticShared = 1536;  // of retrieve_kernel's variables, which count towards kSideShared
 
 template <class T>
-__global__ void __maxnreg__(112)
+__global__ void __maxnreg__(kSideRegisters)
     retrieve_kernel(const __grid_constant__ fkv_cache cache, const __grid_constant__ fkv_retrieve_params params,
                     const __grid_constant__ ServiceLayout layout) {
 #if __CUDA_ARCH__ >= 900
@@ -107,7 +105,7 @@ int32_t fkv_retrieve(const fkv_cache* cache, const fkv_retrieve_params* params, 
   const bool beside = params->stage == FKV_NEXT;
   const int blocks = blocks_of_head(*cache, params->n_rows, int64_t{stream->device->properties.multiProcessorCount} * (beside ? 1 : 2));
   const ServiceLayout layout = lay_out_service(*cache, blocks);
-  const size_t most = beside ? kBesideShared - kStaticShared : kPlainShared;
+  const size_t most = beside ? kSideShared - kStaticShared : kPlainShared;
   if (!has_clusters(stream) || static_cast<size_t>(layout.bytes) > most) return issue_separate(call, *cache, *params, stream);
   return with_dtype(cache->dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -49,6 +49,7 @@ struct ServiceMemory : ScoreMemory {
 };
 static_assert(kMostListed * sizeof(Route) <= kMostKeys * 8 && kMaxHeadDim * 8 <= kMostKeys * 8);
 static_assert(kMostListed * (8 + sizeof(fkv_miss) + 4) <= kRawFloats * 4);
+static_assert(kMostSlots <= kServeThreads);  // a thread takes a slot
 
 // What is missing, where it is listed.
 struct Missing {
@@ -82,7 +83,7 @@ struct Service {
   const ServiceLayout& layout;
 
   template <class T>
-  __device__ __forceinline__ bool prepare(const ServiceMemory& memory, const Before& before, float tau) const;
+  __device__ __forceinline__ bool prepare(const ServiceMemory& memory, const Before& before, float tau, bool walks) const;
   template <class T>
   __device__ __forceinline__ void serve(const ServiceMemory& memory, Query query, TileWalk walk, bool met) const;
   __device__ __forceinline__ Missing place(const ServiceMemory& memory, int32_t n_selected, int32_t ahead, bool counted) const;
@@ -105,11 +106,17 @@ __device__ __forceinline__ void begin_prepare(const ServiceMemory& memory, const
 // QK-norm, RoPE, K and V into the window, the check. Every block turns the group's q for itself (memory.q); block 0 writes it and the
 // flag, the next one K and V. In place, so block 0 waits until all have read; the others have arrived only. before: of query head `warp`.
 template <class T>
-__device__ __forceinline__ bool Service::prepare(const ServiceMemory& memory, const Before& before, float tau) const {
+__device__ __forceinline__ bool Service::prepare(const ServiceMemory& memory, const Before& before, float tau, bool walks) const {
   __shared__ float cosines[kMaxGroup];
   const int32_t d = cache.head_dim, group = cache.n_q_heads / cache.n_kv_heads, warp = threadIdx.x / kWarp, layer = params.layer;
   const bool compared = compares(row, &lane);
   peers.arrive();
+  // The warps that have no head of q or k.
+  if (warp > group && walks && (row.speculation != FKV_SPECULATE_NONE || row.correction != FKV_CORRECT_OFF)) {
+    const Scored scored = scored_head(cache, params.workspace, row, lane, Query::previous, layer, row_index, head, params.stage);
+    const int32_t busy = (group + 1) * kWarp;
+    send_for_digests(cache, scored, Share(peers, scored.n), threadIdx.x - busy, kServeThreads - busy);
+  }
   for (int32_t h = warp; h < group + appends(peers); h += kServeWarps) {
     float* const x = h < group ? memory.q + h * d : memory.key;
     turn_head(x, x, params.rope, h < group ? params.rope.q_norm : params.rope.k_norm, memory.turns);
@@ -174,6 +181,7 @@ __device__ __forceinline__ Missing Service::place(const ServiceMemory& memory, i
 // The blocks share the head's misses piece by piece.
 __device__ __forceinline__ void Service::bring(const ServiceMemory& memory, const Missing& missing) const {
   const Pieces pieces(cache);
+  const Divisor page(pieces.all);
   const uint32_t threads = peers.size * kServeThreads;
   for (int32_t begin = 0; begin < missing.n; begin += kMostListed) {
     const int32_t n_routes = min(missing.n - begin, kMostListed);
@@ -189,9 +197,11 @@ __device__ __forceinline__ void Service::bring(const ServiceMemory& memory, cons
       for (int j = 0; j < kPieceLoads; ++j) {
         const uint32_t piece = first + j * threads;
         if (piece >= n) break;
-        const Route& route = memory.routes[piece / pieces.all];
-        to[j] = pieces.place(route.to, piece % pieces.all);
-        data[j] = *pieces.place(route.from, piece % pieces.all);
+        const uint32_t entry = page.quotient(piece);
+        const Route& route = memory.routes[entry];
+        const Spot spot = pieces.spot(piece - entry * pieces.all);
+        to[j] = spot.in(route.to);
+        data[j] = *spot.in(route.from);
       }
 #pragma unroll
       for (int j = 0; j < kPieceLoads; ++j) {
@@ -217,11 +227,13 @@ __device__ __forceinline__ void Service::serve(const ServiceMemory& memory, Quer
   // Every block has its slots before block 0 changes them: a barrier of the cluster lies between. They are stored when q is there, too.
   const int64_t slots_at = lane_head(cache, layer, head) * lane.n_slots;
   const bool holds = listed && !lane.resident && static_cast<int32_t>(threadIdx.x) < lane.n_slots;
-  const int32_t slot_page = holds ? lane.slot_page[slots_at + threadIdx.x] : 0, slot_used = holds ? lane.slot_used[slots_at + threadIdx.x] : 0;
+  const int32_t slot_page = holds ? lane.slot_page[slots_at + threadIdx.x] : 0;
+  const int32_t slot_used = holds ? lane.slot_used[slots_at + threadIdx.x] : 0;
   const bool counted = counts_selection(cache, layer, row_index, head, stage);
   if (scores && (query == Query::previous || !params.prepare)) {
-    take_query(memory.q, query == Query::previous ? group_query_before(cache, lane, layer, head) : group_query(cache, params.qkv, row_index, head),
-               group * cache.head_dim);
+    const float* const q =
+        query == Query::previous ? group_query_before(cache, lane, layer, head) : group_query(cache, params.qkv, row_index, head);
+    take_query(memory.q, q, group * cache.head_dim);
   }
   if (holds) {
     memory.slots[threadIdx.x] = slot_page;
@@ -243,7 +255,7 @@ __device__ __forceinline__ void Service::serve(const ServiceMemory& memory, Quer
     if (listed) list_best(memory.lists, memory.keys, ranks, n, share, peers, [&](int32_t i) { return memory.raw[i]; });
     peers.sync();
     if (listed) {
-      merge_lists(memory.best, memory.lists, ranks, peers);
+      merge_lists(memory.best, memory.keys, memory.lists, ranks, peers);
       __syncthreads();
       for (int32_t i = threadIdx.x; i < n_selected; i += kServeThreads) {
         const int32_t own = index_of(memory.best[i]);
@@ -320,7 +332,7 @@ __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_re
     walk = TileWalk(scored_head(cache, params.workspace, copies.row, copies.lane, Query::previous, layer, row_index, head, stage),
                     Share(peers, n));
   }
-  const bool flagged = params.prepare ? service.prepare<T>(memory, before, tau) : stored;
+  const bool flagged = params.prepare ? service.prepare<T>(memory, before, tau, walks) : stored;
   const Query query = serves(cache, copies.row, copies.lane, flagged, stage);
   if (query != Query::none) {
     const bool stalls = params.stall != nullptr && stage == FKV_NOW;

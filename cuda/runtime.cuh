@@ -125,7 +125,7 @@ struct fkv_device {
   uint64_t magic = fkv::kDeviceMagic;
   int ordinal;
   cudaDeviceProp properties;  // multiProcessorCount, sharedMemPerBlockOptin, …: what launchers size themselves by
-  const bool plain;           // launchers do without clusters, cooperative launches and more than kPlainShared bytes of shared memory
+  const bool plain;           // launchers do without clusters, warpgroups and more than kPlainShared bytes of shared memory
   fkv::Ledger ledger{};
 
   std::mutex issue{};

@@ -163,6 +163,25 @@ struct TileWalk {
   }
 };
 
+// Sends for the digests of the block's first unit, by `threads` threads of which the caller is number `thread`: whether the head is
+// flagged or not, they are needed in this layer, before attention or after it.
+__device__ __forceinline__ void send_for_digests(const fkv_cache& cache, const Scored& scored, const Share& share, int32_t thread,
+                                                 int32_t threads) {
+  constexpr int32_t kLine = 128;
+  const int32_t bytes = cache.head_dim * static_cast<int32_t>(dtype_bytes(cache.dtype));
+  for (int32_t i = thread; i < kUnitPages; i += threads) {
+    const int32_t page = share.first_page(0) + i;
+    if (page >= scored.n) return;
+    const int32_t block = scored.blocks[page];
+    require(block >= 0);
+    const char* low = frame_address(cache.digests, block, scored.layer, scored.head, 0, 0);
+    for (int32_t at = 0; at < bytes; at += kLine) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(low + at));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(low + cache.digests.kv + at));
+    }
+  }
+}
+
 // One tile for the heads from `first_head` on, as `tile.cuh` says, scaled.
 template <class T>
 __device__ __forceinline__ TileScores score_tile(const fkv_cache& cache, const Rows& rows, const ScoreMemory& memory, int32_t first_head,

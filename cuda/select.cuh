@@ -57,7 +57,8 @@ __device__ __forceinline__ Threshold find_threshold(const float* scores, int32_t
 __device__ __forceinline__ uint64_t choose(int32_t* pages, const float* scores, int32_t n, int32_t k, int32_t sink_pages, int32_t* warps) {
   __shared__ int32_t last_tie;
   const Threshold threshold = find_threshold(scores, n, k, warps);
-  const int32_t each = (n + kServeThreads - 1) / kServeThreads, begin = min(static_cast<int32_t>(threadIdx.x) * each, n), end = min(begin + each, n);
+  const int32_t each = (n + kServeThreads - 1) / kServeThreads, begin = min(static_cast<int32_t>(threadIdx.x) * each, n),
+                end = min(begin + each, n);
   int32_t above = 0, ties = 0;
   for (int32_t i = begin; i < end; ++i) {
     const uint32_t order = order_of(scores[i]);
@@ -100,8 +101,9 @@ __device__ __forceinline__ uint64_t next_key(const float* scores, int32_t n, uin
 
 // One head that is served: selection, slots, miss list and counters, by one block. tables: shared memory for five of `capacity` slots; a
 // lane with more of them finds room in the workspace: for the victims among the raw scores, for what is kept where the misses will be.
-__device__ __forceinline__ void select_head(int32_t* tables, int32_t capacity, const fkv_cache& cache, const fkv_workspace& workspace, const fkv_row& row,
-                                            const fkv_lane& lane, int32_t layer, int32_t stage, int32_t row_index, int32_t h) {
+__device__ __forceinline__ void select_head(int32_t* tables, int32_t capacity, const fkv_cache& cache, const fkv_workspace& workspace,
+                                            const fkv_row& row, const fkv_lane& lane, int32_t layer, int32_t stage,
+                                            int32_t row_index, int32_t h) {
   __shared__ int32_t warps[kServeWarps];
   const int64_t list = miss_list(cache, row_index, h), table = lane_head(cache, layer, h);
   const int32_t length = target_length(row, stage), candidates = n_candidates(lane, length, cache.page_size);

@@ -140,8 +140,8 @@ struct Placed {
 // The absent pages among the ranks after the selection, each into a slot that is empty or long unused; returns how many. All threads
 // follow the same path; n_absent: misses listed and victims taken so far; candidate(): the next rank's.
 template <class Candidate>
-__device__ __forceinline__ int32_t prefetch(const Recalls& recalls, const Slots& slots, const fkv_lane& lane, int32_t ranks, int32_t n_absent,
-                                            int32_t n_victims, const Candidate& candidate) {
+__device__ __forceinline__ int32_t prefetch(const Recalls& recalls, const Slots& slots, const fkv_lane& lane, int32_t ranks,
+                                            int32_t n_absent, int32_t n_victims, const Candidate& candidate) {
   int32_t fetched = 0, next = n_absent;
   for (int32_t rank = 0; rank < ranks; ++rank) {
     const int32_t page = lane.sink_pages + candidate();
@@ -196,7 +196,8 @@ __device__ __forceinline__ Placed place_pages(const Recalls& recalls, const Slot
 }
 
 // What a served head of a row counts, by one thread.
-__device__ __forceinline__ void count_placed(fkv_counters& counters, const Placed& placed, int32_t n_selected, bool counted, int32_t stage) {
+__device__ __forceinline__ void count_placed(fkv_counters& counters, const Placed& placed, int32_t n_selected, bool counted,
+                                             int32_t stage) {
   if (counted) atomicAdd(&counters.hits, n_selected - placed.absent);
   if (placed.absent > 0) {
     atomicAdd(stage == FKV_NOW ? &counters.misses_now : &counters.misses_next, placed.absent - placed.moved);

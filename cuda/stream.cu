@@ -79,13 +79,6 @@ int32_t check_pair(const fkv_event* event, const fkv_stream* stream, const char*
   return ready(stream->device, call);
 }
 
-// Its blocks go before those of other streams: what runs there is what a token waits for.
-cudaError_t create_first(cudaStream_t* made) {
-  int last = 0, first = 0;
-  if (const cudaError_t error = cudaDeviceGetStreamPriorityRange(&last, &first)) return error;
-  return cudaStreamCreateWithPriority(made, cudaStreamNonBlocking, first);
-}
-
 // The compute stream of an ordinal. It lives as long as some fkv_device of the process uses it.
 cudaError_t shared_compute(std::shared_ptr<ComputeStream>* shared, int ordinal) {
   static std::mutex mutex;
@@ -94,7 +87,7 @@ cudaError_t shared_compute(std::shared_ptr<ComputeStream>* shared, int ordinal) 
   *shared = streams[ordinal].lock();
   if (*shared) return cudaSuccess;
   cudaStream_t made = nullptr;
-  if (const cudaError_t error = create_first(&made)) return error;
+  if (const cudaError_t error = cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking)) return error;
   *shared = std::make_shared<ComputeStream>(made);
   streams[ordinal] = *shared;
   return cudaSuccess;
@@ -142,7 +135,8 @@ int32_t fkv_stream_compute(fkv_stream** stream, fkv_device* device) {
     std::shared_ptr<ComputeStream> shared;
     if (const int32_t status = status_of(device, shared_compute(&shared, device->ordinal), kCall)) return status;
     cudaStream_t own = nullptr;
-    if (const int32_t status = status_of(device, create_first(&own), kCall)) return status;
+    const cudaError_t error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
+    if (const int32_t status = status_of(device, error, kCall)) return status;
     auto made = std::make_unique<fkv_stream>(device, own);
     made->shared = std::move(shared);
     made->leave();

@@ -5,6 +5,7 @@
 // never the order; how the instruction itself adds its 16 products belongs to the chip.
 #pragma once
 #include "dense.cuh"
+#include "mma.cuh"
 
 namespace fkv {
 
@@ -31,34 +32,16 @@ struct Product {
 
 // ---- x in parts ----
 
-// Two values side by side in one word, rounded to T, and back.
-template <class T>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  uint32_t word;
-  if constexpr (Stored<T>::kDtype == FKV_BF16)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-  return word;
-}
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (Stored<T>::kDtype == FKV_BF16)
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-  const __half2 pair = *reinterpret_cast<const __half2*>(&word);
-  return __half22float2(pair);
-}
-
 // Four values of a row of an operand, aligned to 8 bytes. low: what rounding left, rounded; of what is not finite, nothing.
 template <class T, int kParts>
 __device__ __forceinline__ void store_parts(const Operand& to, int64_t at, const float (&v)[4]) {
-  const uint2 high = make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
+  const uint2 high = make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
   *reinterpret_cast<uint2*>(static_cast<T*>(to.high) + at) = high;
   if constexpr (kParts == 2) {
     const auto left = [](float x, float rounded) { return isfinite(rounded) ? x - rounded : 0.0f; };
-    const float2 a = unpack<T>(high.x), b = unpack<T>(high.y);
+    const float2 a = unpack2<T>(high.x), b = unpack2<T>(high.y);
     *reinterpret_cast<uint2*>(static_cast<T*>(to.low) + at) =
-        make_uint2(pack<T>(left(v[0], a.x), left(v[1], a.y)), pack<T>(left(v[2], b.x), left(v[3], b.y)));
+        make_uint2(pack2<T>(left(v[0], a.x), left(v[1], a.y)), pack2<T>(left(v[2], b.x), left(v[3], b.y)));
   }
 }
 

@@ -22,33 +22,6 @@ __device__ __forceinline__ uint32_t place(int row, int chunk) {
   return static_cast<uint32_t>(row * (kDepth * 2) + ((chunk ^ (row >> 1 & 3)) << 4));
 }
 
-__device__ __forceinline__ void copy16(uint32_t to, const void* from, bool some) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(some ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void load_fragments(uint32_t (&f)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3])
-               : "r"(from));
-}
-
-template <class T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (Stored<T>::kDtype == FKV_BF16)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Brings stages of x's parts and of W into the ring. Rows past the last are that row again: their sums are dropped.
 template <class T, int kParts, bool kAligned>
 struct Loader {
@@ -63,15 +36,16 @@ struct Loader {
       const int row = (static_cast<int>(threadIdx.x) + i * kThreads) / 4, chunk = threadIdx.x % 4;
       const uint32_t to = place(row, chunk);
       const int64_t x = min(row0 + row, job.to.n_rows - 1) * job.x.width + at + chunk * 8;
-      const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(stage));
+      const uint32_t base = shared_address(stage);
       const bool padded = at + chunk * 8 < job.x.width;
-      copy16(base + to, static_cast<const T*>(job.x.high) + (padded ? x : 0), padded);
-      if constexpr (kParts == 2) copy16(base + kTileBytes + to, static_cast<const T*>(job.x.low) + (padded ? x : 0), padded);
+      copy_async<16>(base + to, static_cast<const T*>(job.x.high) + (padded ? x : 0), padded);
+      if constexpr (kParts == 2)
+        copy_async<16>(base + kTileBytes + to, static_cast<const T*>(job.x.low) + (padded ? x : 0), padded);
       const int64_t k0 = at + chunk * 8;
       const T* w = static_cast<const T*>(job.weight) + int64_t{min(out0 + row, job.to.n_out - 1)} * job.k;
       if constexpr (kAligned) {
         const bool some = k0 < job.k;
-        copy16(base + kParts * kTileBytes + to, some ? w + k0 : w, some);
+        copy_async<16>(base + kParts * kTileBytes + to, some ? w + k0 : w, some);
       } else {
         alignas(16) T values[8];
 #pragma unroll
@@ -112,36 +86,35 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   for (int s = 0; s < kRing - 1; ++s) {
     if (s < stages) loader.load(s, int64_t{s} * kDepth);
-    commit();
+    commit_copies();
   }
   float sums[4][4][4] = {};
   for (int32_t s = 0; s < stages; ++s) {
-    wait_copies<kRing - 2>();
+    await_groups<kRing - 2>();
     __syncthreads();  // the stage is there for all, and the slot that comes next has been read by all
     if (s + kRing - 1 < stages) loader.load((s + kRing - 1) % kRing, int64_t{s + kRing - 1} * kDepth);
-    commit();
-    const uint32_t stage =
-        static_cast<uint32_t>(__cvta_generic_to_shared(ring)) + static_cast<uint32_t>(s % kRing * (kParts + 1) * kTileBytes);
+    commit_copies();
+    const uint32_t stage = shared_address(ring) + static_cast<uint32_t>(s % kRing * (kParts + 1) * kTileBytes);
 #pragma unroll
     for (int step = 0; step < kDepth / 16; ++step) {
       uint32_t w[2][4];  // of 16 outputs: low and high half of k of the first 8, then of the others
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        load_fragments(w[i], stage + kParts * kTileBytes +
+        load_matrices(w[i], stage + kParts * kTileBytes +
                                  place(out_at + 16 * i + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           uint32_t x[4];
-          load_fragments(x, stage + part * kTileBytes + place(row_at + 16 * m + lane % 16, 2 * step + lane / 16));
+          load_matrices(x, stage + part * kTileBytes + place(row_at + 16 * m + lane % 16, 2 * step + lane / 16));
 #pragma unroll
-          for (int n = 0; n < 4; ++n) multiply_add<T>(sums[m][n], x, w[n / 2][n % 2 * 2], w[n / 2][n % 2 * 2 + 1]);
+          for (int n = 0; n < 4; ++n) multiply_16x8<T>(sums[m][n], x, w[n / 2][n % 2 * 2], w[n / 2][n % 2 * 2 + 1]);
         }
       }
     }
   }
-  wait_copies<0>();
+  await_groups<0>();
   const int64_t row = int64_t{tile.row} * kRows + row_at + lane / 4;
   const int32_t out = tile.out * kOuts + out_at;
   if (is_plain(job, row - lane / 4, 64, out, 32))

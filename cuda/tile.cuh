@@ -6,36 +6,21 @@
 //
 // Lane (r, c) = (lane / 4, lane % 4) gets, of a set of four heads, heads 2·(c % 2) and 2·(c % 2) + 1 of pages r and r + 8.
 #pragma once
+#include "mma.cuh"
 #include "pages.cuh"
 
 namespace fkv {
 
 constexpr int kTilePages = 16;
 constexpr int kSetHeads = 4;
-constexpr int kStepValues = 32;  // of the 2d that one step of a tile takes: two products of sixteen, eight values (16 bytes) a lane and page
+// Of the 2d, what one step of a tile takes: two products of sixteen, eight values (16 bytes) a lane and page.
+constexpr int kStepValues = 32;
 
 FKV_INLINE int32_t tile_steps(int32_t head_dim) { return (2 * head_dim + kStepValues - 1) / kStepValues; }
 
 struct TileScores {
   float v[4];  // page r: two heads; page r + 8: the same two
 };
-
-template <class T>
-__device__ __forceinline__ void multiply(TileScores& sums, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(TileScores& sums, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                                        uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-template <>
-__device__ __forceinline__ void multiply<__half>(TileScores& sums, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                                 uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // The power of two that brings a head's greatest |q| to 2^12, and its inverse: the second of two f16 would underflow otherwise.
 __device__ __forceinline__ float2 scale_of(const float* q, int32_t head_dim) {
@@ -45,18 +30,6 @@ __device__ __forceinline__ float2 scale_of(const float* q, int32_t head_dim) {
   const int32_t exponent = static_cast<int32_t>(__float_as_uint(most) >> 23 & 255u) - 127;
   if (exponent < -100 || exponent > 100) return {1.0f, 1.0f};  // zero, or nearly; or not finite
   return {__int_as_float((12 - exponent + 127) << 23), __int_as_float((exponent - 12 + 127) << 23)};
-}
-
-// Two values of a digest's type, the first in the lower half; NaN stays NaN.
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
-  uint32_t bits;
-  if constexpr (Stored<T>::kDtype == FKV_BF16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-  }
-  return bits;
 }
 
 // Columns of a product: [step][lane] of eight values: of head first_head + lane / 4 % 4, the first part where lane < 16, else the second.
@@ -79,9 +52,9 @@ __device__ __forceinline__ void make_columns(uint4* columns, const float* q, con
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        pairs[j] = pack_pair<T>(x.v[2 * j], x.v[2 * j + 1]);
+        pairs[j] = pack2<T>(x.v[2 * j], x.v[2 * j + 1]);
         const T* first = reinterpret_cast<const T*>(pairs + j);
-        if (lane >= 16) pairs[j] = pack_pair<T>(x.v[2 * j] - to_f32(first[0]), x.v[2 * j + 1] - to_f32(first[1]));
+        if (lane >= 16) pairs[j] = pack2<T>(x.v[2 * j] - to_f32(first[0]), x.v[2 * j + 1] - to_f32(first[1]));
       }
     }
     columns[i] = bits;
@@ -146,8 +119,8 @@ __device__ __forceinline__ TileScores multiply_tile(const Rows& rows, int64_t kv
     for (int j = 0; j < kAhead; ++j) {
       if (first + j >= steps) break;
       const uint4 column = columns[(first + j) * kWarp + lane];
-      multiply<T>(scores, low[j].x, high[j].x, low[j].y, high[j].y, column.x, column.y);
-      multiply<T>(others, low[j].z, high[j].z, low[j].w, high[j].w, column.z, column.w);
+      multiply_16x8<T>(scores.v, low[j].x, high[j].x, low[j].y, high[j].y, column.x, column.y);
+      multiply_16x8<T>(others.v, low[j].z, high[j].z, low[j].w, high[j].w, column.z, column.w);
     }
   }
 #pragma unroll

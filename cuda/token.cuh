@@ -49,7 +49,7 @@ __device__ __forceinline__ float cosine(const float* q, const Before& before, in
     aa = fmaf(x, x, aa);
     bb = fmaf(y, y, bb);
   }
-  return warp_sum(ab) / (sqrtf(warp_sum(aa)) * sqrtf(warp_sum(bb)));
+  return warp_sum(ab) * rsqrtf(warp_sum(aa)) * rsqrtf(warp_sum(bb));
 }
 
 // Whether a row's heads are compared with the token before at all.

@@ -9,7 +9,7 @@
 
 namespace fkv {
 
-constexpr int32_t kMostListed = 128;   // ranks wanted, and one more
+constexpr int32_t kMostListed = 128;   // ranks wanted
 constexpr int32_t kListPitch = kMostListed + 1;  // keys from one block's list to the next: in banks of its own
 constexpr int32_t kMostKeys = 1024;    // that compete in a block
 constexpr int32_t kGroups = kServeThreads / 2;
@@ -31,14 +31,7 @@ __device__ __forceinline__ int32_t index_of(uint64_t key) { return static_cast<i
 
 // Whether a block that has `pages` candidates can list that many ranks.
 FKV_INLINE bool lists_ranks(int32_t pages, int32_t ranks) {
-  return ranks < kMostListed && (pages <= kServeThreads || ranks * (pages / kGroups) <= kMostKeys);
-}
-
-// How long a list is in memory, so that a search need not look where it ends.
-FKV_INLINE int32_t list_length(int32_t ranks) {
-  int32_t length = 1;
-  while (length <= ranks) length *= 2;
-  return length;
+  return ranks <= kMostListed && (pages <= kServeThreads || ranks * (pages / kGroups) <= kMostKeys);
 }
 
 // visit(i, rank) for each of keys[0..n), which are distinct but for zeros, by two neighbouring threads (which of them: threadIdx.x % 2).
@@ -62,8 +55,8 @@ __device__ __forceinline__ void count_ranks(uint64_t* keys, int32_t n, const Vis
   }
 }
 
-// Of the block's pages i (score(i, page), a number or NaN), the best `ranks` into list peers.rank of every block, zeros behind them.
-// keys: [kMostKeys]. Between two peers.sync().
+// Of the block's pages i (score(i, page), a number or NaN), the best `ranks` into list peers.rank of every block, zeros where there
+// are fewer. keys: [kMostKeys]. Between two peers.sync().
 template <class Score>
 __device__ __forceinline__ void list_best(uint64_t* lists, uint64_t* keys, int32_t ranks, int32_t n, const Share& share, const Peers& peers,
                                           const Score& score) {
@@ -109,28 +102,36 @@ __device__ __forceinline__ void list_best(uint64_t* lists, uint64_t* keys, int32
     for (int32_t other = threadIdx.x % 2; other < peers.size; other += 2) *peers.of(own_list + rank, other) = keys[i];
   });
   there = min(there, ranks);
-  for (int32_t i = threadIdx.x; i < (list_length(ranks) - there) * peers.size; i += kServeThreads)
+  for (int32_t i = threadIdx.x; i < (ranks - there) * peers.size; i += kServeThreads)
     *peers.of(own_list + there + (i >> __popc(peers.size - 1)), i & (peers.size - 1)) = 0;
 }
 
-// best[0..ranks) of all lists; a barrier follows before they are read.
-__device__ __forceinline__ void merge_lists(uint64_t* best, const uint64_t* lists, int32_t ranks, const Peers& peers) {
-  const int32_t top = list_length(ranks) / 2;
-  for (int32_t i = threadIdx.x; i < ranks * peers.size; i += kServeThreads) {
-    const int32_t own = i & (peers.size - 1), place = i >> __popc(peers.size - 1);  // clusters are powers of two
-    const uint64_t key = lists[own * kListPitch + place];
-    int32_t above[kClusterBlocks] = {};
-    for (int32_t step = top; step > 0; step /= 2) {
-#pragma unroll
-      for (int32_t other = 0; other < kClusterBlocks; ++other) {
-        if (other < peers.size && lists[other * kListPitch + above[other] + step - 1] > key) above[other] += step;
-      }
-    }
-    int32_t rank = 0;  // in its own list it finds its place
-#pragma unroll
-    for (int32_t other = 0; other < kClusterBlocks; ++other) rank += above[other];
-    if (key != 0 && rank < ranks) best[rank] = key;
+// best[0..ranks) of all lists; a barrier follows before they are read. Only keys compete that reach the worst of the lists' keys at the
+// place where all lists together have `ranks` of them: seldom twice as many as are wanted. keys: [kMostKeys].
+__device__ __forceinline__ void merge_lists(uint64_t* best, uint64_t* keys, const uint64_t* lists, int32_t ranks, const Peers& peers) {
+  __shared__ int32_t n_keys;
+  const int32_t shift = __popc(peers.size - 1), place = (ranks + peers.size - 1) >> shift;  // clusters are powers of two
+  uint64_t least = ~uint64_t{0};
+  for (int32_t list = 0; list < peers.size; ++list) {
+    const uint64_t key = lists[list * kListPitch + place - 1];
+    least = key < least ? key : least;
   }
+  if (threadIdx.x == 0) n_keys = 0;
+  __syncthreads();
+  for (int32_t first = 0; first < ranks * peers.size; first += kServeThreads) {
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x), lane = threadIdx.x % kWarp;
+    const uint64_t key = i < ranks * peers.size ? lists[(i & (peers.size - 1)) * kListPitch + (i >> shift)] : 0;
+    const bool competes = key != 0 && key >= least;
+    const unsigned competing = __ballot_sync(kAllLanes, competes);
+    int32_t at = 0;
+    if (lane == 0 && competing != 0) at = atomicAdd(&n_keys, __popc(competing));
+    at = __shfl_sync(kAllLanes, at, 0) + __popc(competing & ((1u << lane) - 1));
+    if (competes) keys[at] = key;
+  }
+  __syncthreads();
+  count_ranks(keys, n_keys, [&](int32_t i, int32_t rank) {
+    if (rank < ranks && threadIdx.x % 2 == 0) best[rank] = keys[i];
+  });
 }
 
 }  // namespace fkv

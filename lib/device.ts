@@ -48,7 +48,7 @@ export interface DeviceOptions extends LibraryChoice {
   linkBytesPerSecond?: number | undefined;
   /** The twin's compute threads; 0 (default) is one per core. */
   threads?: number | undefined;
-  /** CUDA's: our kernels do as on a chip without clusters, cooperative launches and 200 KiB of shared memory, with the same bits. */
+  /** CUDA's: our kernels do as on a chip without clusters, warpgroups and 200 KiB of shared memory, with the same bits. */
   plain?: boolean | undefined;
 }
 

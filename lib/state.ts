@@ -3,26 +3,14 @@
 
 import { FKV_SPECULATE_NEXT } from "../ffi/constants.ts";
 import { read, size } from "../ffi/structs.ts";
-import { type Pages, range } from "./copier.ts";
+import { type Change, chunksOf } from "./change.ts";
+import { range } from "./copier.ts";
 import type { Core } from "./core.ts";
 import { FreeKVError, unlessFailed } from "./errors.ts";
 import { Lane } from "./lane.ts";
 import type { Policy } from "./options.ts";
 import { type Counters, Tally } from "./tally.ts";
 import type { Stats, TaskOptions } from "./types.ts";
-
-/** A prompt on its way into a sequence. */
-interface Change {
-  /** Takes the place of the sequence's lane when all is done. */
-  readonly lane: Lane;
-  /** Blocks taken for it. */
-  readonly added: readonly number[];
-  /** Blocks of the whole. */
-  readonly blocks: readonly number[];
-  readonly start: number;
-  /** The incomplete page that it continues. */
-  readonly partial: Pages | null;
-}
 
 export class State {
   readonly core: Core;
@@ -70,7 +58,7 @@ export class State {
     const change = this.#begin(ids.length);
     this.#appending = true;
     try {
-      const chunks = [...this.#chunks(change, ids)];
+      const chunks = [...chunksOf(this.core, change, ids)];
       let before: Promise<void> | undefined;
       for (const [i, { issue, finishes }] of chunks.entries()) {
         await this.core.pool.whenReady(finishes);
@@ -254,30 +242,6 @@ export class State {
       if (lane) core.laneMemory.give(lane.memory);
       core.prefill.end();
       throw error;
-    }
-  }
-
-  /** What issues a chunk and answers how many tokens that makes, and the blocks of the pages that it completes. */
-  *#chunks(change: Change, ids: Int32Array): Generator<{ issue: () => number; finishes: readonly number[] }> {
-    const { blocks, start, lane } = change;
-    const { pageSize } = this.core.geometry;
-    const total = start + ids.length;
-    const { chunkTokens } = this.core.prefill;
-    for (let at = start; at < total; ) {
-      const from = at;
-      const end = Math.min(total, (Math.floor(from / chunkTokens) + 1) * chunkTokens);
-      const issue = (): number => {
-        this.core.prefill.chunk({
-          start: from,
-          ids: ids.slice(from - start, end - start),
-          blocks,
-          partial: from === start ? change.partial : null,
-          lane: end === total ? lane : null,
-        });
-        return end - start;
-      };
-      yield { issue, finishes: blocks.slice(Math.floor(from / pageSize), Math.floor(end / pageSize)) };
-      at = end;
     }
   }
 

@@ -93,7 +93,7 @@ export interface EngineOptions extends PolicyOptions, TaskOptions {
   /** Validate every call into the library. */
   debug?: boolean | undefined;
   /**
-   * CUDA's: kernels do as on a chip without clusters, cooperative launches and 200 KiB of shared memory, slower and with the same
+   * CUDA's: kernels do as on a chip without clusters, warpgroups and 200 KiB of shared memory, slower and with the same
    * bits: to test those ways on any GPU; default false.
    */
   plain?: boolean | undefined;

@@ -91,7 +91,7 @@ for (const { what, pages, prefetch, group, ...more } of wide) {
   test(`the fused retrieval leaves the bits of the separate operations: ${what}`, { timeout: 60_000 }, () => {
     const lane = { sinkPages: 1, windowPages: 1, k: more.k, slots: more.slots, tau: [0.02, 0.05] };
     const resident = "resident" in more;
-    const pooling = "pooling" in more ? more.pooling : "softmax";
+    const pooling = "pooling" in more ? more.pooling : ("softmax" as const);
     const options = { ...shape, lanes: [{ ...lane, resident }], maxRows: 1, maxPages: pages, group, pooling };
     using fused = new Steps({ ...options, fused: true });
     using separate = new Steps({ ...options, fused: false });

@@ -138,10 +138,7 @@ const engineFlags: readonly Flag[] = [
 const outputOptions = (): Option[] => [
   new Option("--json", "JSON lines on stdout, also for errors on stderr"),
   new Option("--quiet", "neither progress nor hints"),
-  new Option(
-    "--plain",
-    "CUDA without clusters and cooperative launches, as on older chips; the same answers",
-  ),
+  new Option("--plain", "CUDA without clusters and warpgroups, as on older chips; the same answers"),
   new Option("--debug", "validate every call into the library; stacks of errors"),
 ];
 
