@@ -409,8 +409,9 @@ typedef struct fkv_program fkv_program;  // what a compiler made; belongs to who
 FKV_API int32_t fkv_module_load(fkv_module** module, const void* image, uint64_t bytes, fkv_device* device);
 // Waits for the device's work. The module's kernels are invalid afterwards; graphs that hold launches of them must not be launched again.
 FKV_API int32_t fkv_module_unload_sync(fkv_module* module);
-// A kernel by its name in the image (`extern "C"`, or the mangled one), zero-terminated. sizes [n_arguments]: bytes of each argument, 4
-// or 8. BAD_ARGUMENT where the module has no such kernel (the text lists those it has), or it takes other arguments.
+// A kernel by its name in the image (`extern "C"`, or the mangled one), zero-terminated. sizes [n_arguments]: bytes of each argument,
+// of a scalar or of a struct by value. BAD_ARGUMENT where the module has no such kernel (the text lists those it has), or it takes
+// arguments of other sizes.
 FKV_API int32_t fkv_module_kernel(fkv_kernel** kernel, const char* name, const int32_t* sizes, int32_t n_arguments, fkv_module* module);
 
 typedef struct fkv_launch_params {
@@ -421,7 +422,8 @@ typedef struct fkv_launch_params {
   uint32_t shared_bytes;   // dynamic shared memory of a block
   int32_t reserved;
 } fkv_launch_params;
-// arguments: the values in order, each aligned to its size, copied at the call. BAD_ARGUMENT where the kernel cannot run in this shape.
+// arguments: the values in order, each from the next multiple of 8 bytes on, copied at the call. BAD_ARGUMENT where the kernel cannot
+// run in this shape.
 FKV_API int32_t fkv_kernel_launch(fkv_kernel* kernel, const fkv_launch_params* params, const void* arguments, fkv_stream* stream);
 
 // Compiles CUDA C++ for the device with NVRTC, which is looked for when this is called: UNSUPPORTED where it is not installed. All texts

@@ -72,15 +72,24 @@ std::string list(const std::vector<size_t>& sizes) {
   return text + (sizes.empty() ? "" : " bytes");
 }
 
-// FKV_BAD_ARGUMENT unless the kernel takes arguments of these sizes.
-int32_t check_arguments(const fkv_kernel& kernel, const int32_t* sizes, int32_t n) {
+// FKV_BAD_ARGUMENT unless the kernel takes arguments of these sizes. Where the driver places them is its own matter: a launch gives it a
+// pointer to each, so that a caller needs to know no alignment of theirs.
+int32_t place_arguments(fkv_kernel* kernel, const int32_t* sizes, int32_t n) {
   std::vector<size_t> takes, given;
-  for (size_t offset, bytes; kernel.module->driver.function_parameter(kernel.function, takes.size(), &offset, &bytes) == CUDA_SUCCESS;) {
+  for (size_t offset, bytes; kernel->module->driver.function_parameter(kernel->function, takes.size(), &offset, &bytes) == CUDA_SUCCESS;) {
     takes.push_back(bytes);
   }
-  for (int32_t i = 0; i < n; ++i) given.push_back(static_cast<size_t>(sizes[i]));
-  FKV_REQUIRE(takes == given, FKV_BAD_ARGUMENT, "kernel %s takes %s; %s were declared", kernel.name.c_str(), list(takes).c_str(),
+  for (int32_t i = 0; i < n; ++i) {
+    FKV_REQUIRE(sizes[i] > 0, FKV_BAD_ARGUMENT, "sizes: argument %d has %d bytes", i, sizes[i]);
+    given.push_back(static_cast<size_t>(sizes[i]));
+  }
+  FKV_REQUIRE(takes == given, FKV_BAD_ARGUMENT, "kernel %s takes %s; %s were declared", kernel->name.c_str(), list(takes).c_str(),
               list(given).c_str());
+  uint32_t end = 0;
+  for (size_t bytes : given) {
+    kernel->offsets.push_back(end);
+    end += static_cast<uint32_t>((bytes + 7) / 8 * 8);
+  }
   return FKV_OK;
 }
 
@@ -176,15 +185,7 @@ int32_t fkv_module_kernel(fkv_kernel** kernel, const char* name, const int32_t* 
     const CUresult loaded = module->driver.function_load(function);
     if (const int32_t status = status_of(device, runtime_error(loaded), "fkv_module_kernel")) return status;
     auto made = std::make_unique<fkv_kernel>(module, function, name);
-    uint32_t end = 0;
-    for (int32_t i = 0; i < n_arguments; ++i) {
-      FKV_REQUIRE(sizes[i] == 4 || sizes[i] == 8, FKV_BAD_ARGUMENT, "sizes: argument %d has %d bytes, not 4 or 8", i, sizes[i]);
-      const auto bytes = static_cast<uint32_t>(sizes[i]);
-      const uint32_t offset = (end + bytes - 1) / bytes * bytes;
-      made->offsets.push_back(offset);
-      end = offset + bytes;
-    }
-    if (const int32_t status = check_arguments(*made, sizes, n_arguments)) return status;
+    if (const int32_t status = place_arguments(made.get(), sizes, n_arguments)) return status;
     if (const int32_t status = read_attributes(made.get())) return status;
     const std::lock_guard<std::mutex> issue(device->issue);
     *kernel = module->kernels.emplace_back(std::move(made)).get();

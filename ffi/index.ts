@@ -90,6 +90,7 @@ export function exportsEntry(path: string, name: EntryName): boolean {
 
 function wrap(path: string, backend: Backend, { debug = false, toError }: LibraryOptions): Library {
   const raw = backend.calls;
+  const kind = raw.fkv_backend() === "cuda" ? "cuda" : "cpu";
   const table = symbolTable(entryNames);
   const calls: Record<string, unknown> = {};
   for (const name of entryNames) {
@@ -99,7 +100,7 @@ function wrap(path: string, backend: Backend, { debug = false, toError }: Librar
       const unchecked = call;
       call = (...args) => {
         const status = unchecked(...args) as number;
-        if (status !== FKV_OK) throw toError(failureOf(name, status, raw.fkv_last_error()));
+        if (status !== FKV_OK) throw toError(failureOf(name, status, raw.fkv_last_error(), kind));
       };
     }
     if (debug) {
@@ -113,10 +114,13 @@ function wrap(path: string, backend: Backend, { debug = false, toError }: Librar
   }
   return {
     path,
-    kind: raw.fkv_backend() === "cuda" ? "cuda" : "cpu",
+    kind,
     debug,
     calls: calls as unknown as Calls,
     toArrayBuffer: backend.toArrayBuffer,
-    detach: backend.detach,
+    // One that its holder transferred is empty already, and no runtime detaches it again.
+    detach: (buffer) => {
+      if (buffer.byteLength > 0) backend.detach(buffer);
+    },
   };
 }

@@ -31,7 +31,6 @@ export const load: Load = <N extends EntryName>(path: string, table: SymbolTable
  * ArrayBuffer.prototype.transfer. A byte stream takes over the buffer that it is given to read into, at the call.
  */
 function detach(buffer: ArrayBuffer): void {
-  if (buffer.byteLength === 0) return;
   const reader = new ReadableStream({ type: "bytes" }).getReader({ mode: "byob" });
   void reader.read(new Uint8Array(buffer)); // never answered: nothing is ever written to this stream
 }

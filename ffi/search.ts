@@ -2,7 +2,7 @@
 
 import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
-import { dirname, join } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { packageRoot } from "./root.ts";
 
@@ -17,7 +17,8 @@ export interface Place {
 export function libraryPlaces(kind: LibraryKind, libraryPath?: string | URL): Place[] {
   if (libraryPath !== undefined) {
     const given = String(libraryPath);
-    const path = given.startsWith("file:") ? fileURLToPath(given) : given;
+    // Absolute: a bare name would make the loader search its own places, and not every runtime's FFI passes it on as it is.
+    const path = resolve(given.startsWith("file:") ? fileURLToPath(given) : given);
     return [{ path, origin: "libraryPath" }];
   }
   const platform = `${process.platform}-${process.arch}`;

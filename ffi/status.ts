@@ -1,6 +1,7 @@
 // What a C status means to a caller: the one table from FKV_* to the codes of FreeKVError, with the way out.
 
 import * as constants from "./constants.ts";
+import type { LibraryKind } from "./search.ts";
 
 /** The error codes that this folder gives; lib/errors.ts has all of them. */
 export type FfiErrorCode =
@@ -25,7 +26,7 @@ export type ToError = (failure: Failure) => Error;
 interface Meaning {
   readonly name: string;
   readonly code: FfiErrorCode;
-  readonly wayOut?: string;
+  readonly wayOut?: string | Readonly<Record<LibraryKind, string>>;
 }
 
 const meanings: Readonly<Record<number, Meaning>> = {
@@ -60,15 +61,20 @@ const meanings: Readonly<Record<number, Meaning>> = {
   [constants.FKV_DEVICE_FAILED]: {
     name: "DEVICE_FAILED",
     code: "DEVICE_FAILED",
-    wayOut: "the device cannot be used any more; dispose it and open it again",
+    // After an error of a kernel CUDA refuses every call of the process, also those of a device that is opened anew.
+    wayOut: {
+      cpu: "the device cannot be used any more; dispose it and open it again",
+      cuda: "the GPU cannot be used any more in this process; restart the process",
+    },
   },
   [constants.FKV_UNSUPPORTED]: { name: "UNSUPPORTED", code: "BAD_ARGUMENT" },
 };
 
-/** The failure of `call`, which returned `status`; `text` is fkv_last_error()'s. */
-export function failureOf(call: string, status: number, text: string): Failure {
+/** The failure of `call`, which returned `status`; `text` is fkv_last_error()'s, and `kind` that of its library. */
+export function failureOf(call: string, status: number, text: string, kind: LibraryKind): Failure {
   const meaning = meanings[status] ?? { name: `status ${status}`, code: "DEVICE_FAILED" };
-  const wayOut = meaning.wayOut === undefined ? "" : `; ${meaning.wayOut}`;
+  const told = typeof meaning.wayOut === "object" ? meaning.wayOut[kind] : meaning.wayOut;
+  const wayOut = told === undefined ? "" : `; ${told}`;
   return {
     code: meaning.code,
     call,

@@ -165,7 +165,7 @@ export interface Backend<N extends EntryName = EntryName> {
   readonly calls: RawCalls<N>;
   /** A view of C's memory without a copy: 1 to 2^32 bytes. Whoever frees that memory detaches the view first. */
   toArrayBuffer(address: number, bytes: number): ArrayBuffer;
-  /** Make such a view empty; the memory stays as it is. */
+  /** Make such a view, which is not empty, empty; the memory stays as it is. */
   detach(buffer: ArrayBuffer): void;
 }
 /** Open the library at `path` and bind the table; throws the runtime's own error where either fails. */

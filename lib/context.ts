@@ -48,14 +48,26 @@ export class DeviceContext {
     this.#children.delete(child);
   }
 
-  /** Closes the device: its children are invalid from now on, and C frees what they held. */
+  /**
+   * Closes the device: its children are invalid from now on, and C frees what they held. All of it is done, also when a part
+   * throws; the first error is thrown at the end.
+   */
   close(): void {
     if (this.#handle === 0) return;
     const handle = this.#handle;
     this.#handle = 0;
-    for (const child of this.#children) child.invalidate();
+    const errors: unknown[] = [];
+    const attempt = (work: () => void): void => {
+      try {
+        work();
+      } catch (error) {
+        errors.push(error);
+      }
+    };
+    for (const child of this.#children) attempt(() => child.invalidate());
     this.#children.clear();
-    this.library.calls.fkv_device_close_sync(handle);
+    attempt(() => this.library.calls.fkv_device_close_sync(handle));
+    if (errors.length > 0) throw errors[0];
   }
 }
 
@@ -79,7 +91,7 @@ export abstract class Handle implements Disposable, OnDevice {
     return this.#handle;
   }
 
-  /** Gives `handle` back to C. */
+  /** Gives `handle` back to C, which refuses it during a capture where it must wait for the device. */
   protected abstract free(handle: number): void;
 
   /** Makes every later use a DISPOSED error, without a call into C. */
@@ -87,12 +99,22 @@ export abstract class Handle implements Disposable, OnDevice {
     this.#handle = 0;
   }
 
+  /** Errors: BAD_ARGUMENT during a capture, unless this is an event or a graph; it lives on, and is disposed after it. */
   [Symbol.dispose](): void {
     const handle = this.#handle;
     if (handle === 0) return;
-    this.invalidate();
-    this.context.forget(this);
-    unlessFailed(() => this.free(handle));
+    let kept = false;
+    try {
+      unlessFailed(() => this.free(handle));
+    } catch (error) {
+      kept = error instanceof FreeKVError && error.detail.status === "CAPTURE";
+      throw error;
+    } finally {
+      if (!kept) {
+        this.context.forget(this);
+        this.invalidate();
+      }
+    }
   }
 }
 
@@ -109,5 +131,5 @@ export function badArgument(call: string, text: string): FreeKVError {
 /** `value` if it is an integer of at least `least`. */
 export function count(call: string, name: string, value: number, least = 0): number {
   if (Number.isSafeInteger(value) && value >= least) return value;
-  throw badArgument(call, `${name} must be an integer of at least ${least}, got ${value}`);
+  throw badArgument(call, `${name} must be an integer of at least ${least}, got ${String(value)}`);
 }

@@ -55,7 +55,8 @@ export class PinnedBuffer extends Handle {
   }
 
   /**
-   * All of it as an ArrayBuffer, without a copy; detached (length 0) when this or the device is disposed.
+   * All of it as an ArrayBuffer, without a copy; detached (length 0) when this or the device is disposed. Don't transfer it
+   * (postMessage, structuredClone): what it becomes elsewhere can't be detached then, and would read freed memory.
    * Errors: BAD_ARGUMENT above 4 GiB: use window().
    */
   get buffer(): ArrayBuffer {
@@ -77,7 +78,9 @@ export class PinnedBuffer extends Handle {
       );
     }
     const key = `${byteOffset} ${bytes}`;
-    const window = this.#windows.get(key) ?? this.context.library.toArrayBuffer(address + byteOffset, bytes);
+    const known = this.#windows.get(key);
+    if (known !== undefined && known.byteLength > 0) return known;
+    const window = this.context.library.toArrayBuffer(address + byteOffset, bytes);
     this.#windows.set(key, window);
     return window;
   }
@@ -157,12 +160,41 @@ export class PinnedReserve extends Handle {
   }
 }
 
-export function addressOf(memory: Memory): number {
-  return typeof memory === "number" ? memory : memory.address;
+/** Where a place is. Errors, for a caller without types: BAD_ARGUMENT. */
+export function addressOf(call: string, name: string, memory: Memory): number {
+  const address: unknown = typeof memory === "object" ? memory?.address : memory;
+  if (Number.isSafeInteger(address) && (address as number) > 0) return address as number;
+  throw badArgument(
+    call,
+    `${name} must be memory of the device, pinned memory or an address, got ${shown(memory)}`,
+  );
+}
+
+/** What C reads: JavaScript memory as such, of a place its address. Errors: BAD_ARGUMENT, also for shared memory. */
+export function sourceOf(call: string, memory: Memory | JsMemory): number | JsMemory {
+  if (ArrayBuffer.isView(memory)) return unshared(call, memory, memory.buffer);
+  if (typeof memory === "object" && memory !== null && "byteLength" in memory)
+    return unshared(call, memory, memory);
+  return addressOf(call, "src", memory);
+}
+
+/** An FFI takes memory of an ArrayBuffer alone; what it makes of any other differs from one runtime to the next. */
+function unshared<M extends JsMemory>(call: string, memory: M, buffer: unknown): M {
+  if (buffer instanceof ArrayBuffer) return memory;
+  throw badArgument(
+    call,
+    `src must be an ArrayBuffer or a view of one, got ${shown(buffer)}; copy it into one`,
+  );
+}
+
+function shown(value: unknown): string {
+  return typeof value === "object" && value !== null
+    ? (value.constructor?.name ?? "an object")
+    : String(value);
 }
 
 /** How many bytes a place has, where that is known. */
 export function bytesOf(memory: Memory | JsMemory): number | undefined {
-  if (typeof memory === "number") return undefined;
+  if (typeof memory !== "object" || memory === null) return undefined;
   return "byteLength" in memory ? memory.byteLength : memory.bytes;
 }

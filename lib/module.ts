@@ -39,7 +39,7 @@
  * ```
  *
  * Capture launches once, then start all of them with one call. Argument values are those of the capture; what pointers point
- * to is read when the graph runs.
+ * to is read when the graph runs. The graph needs its kernels' modules: once one is disposed, its launch is DISPOSED.
  * ```ts
  * using graph = stream.capture(() => {
  *   add.launch({ grid, block, stream }, a, b, sum, n);
@@ -56,27 +56,13 @@
  */
 
 import { readFileSync } from "node:fs";
-import { type Pointer, pack, scalars, size } from "../ffi/structs.ts";
+import { pack, size } from "../ffi/structs.ts";
 import type { JsMemory } from "../ffi/symbols.ts";
+import { ArgumentBlock, type Arguments, type ArgumentType, argumentSizes } from "./arguments.ts";
 import { badArgument, type DeviceContext, Handle, type OnDevice } from "./context.ts";
 import { FreeKVError } from "./errors.ts";
 
-interface Values {
-  /** A buffer of the device, an address, or null. */
-  ptr: Pointer;
-  i32: number;
-  u32: number;
-  i64: number | bigint;
-  u64: number | bigint;
-  f32: number;
-  f64: number;
-}
-
-/** C's `T*`, int, unsigned int, long long, unsigned long long, float and double. */
-export type ArgumentType = keyof Values;
-
-/** The arguments of a kernel with these types. */
-export type Arguments<T extends readonly ArgumentType[]> = { readonly [I in keyof T]: Values[T[I]] };
+export type { Arguments, ArgumentType } from "./arguments.ts";
 
 /** x alone, or x, y and z; what is absent is 1. */
 export type Dimensions = number | readonly [x: number, y?: number, z?: number];
@@ -108,9 +94,7 @@ export class Kernel<const T extends readonly ArgumentType[]> {
   readonly types: T;
   readonly module: Module;
   readonly #handle: number;
-  readonly #offsets: readonly number[];
-  /** Kept, and written anew at each launch, which copies it. */
-  readonly #arguments: DataView<ArrayBuffer>;
+  readonly #arguments: ArgumentBlock;
   readonly #params = new ArrayBuffer(size.fkv_launch_params);
 
   constructor(module: Module, name: string, types: T, handle: number) {
@@ -118,13 +102,7 @@ export class Kernel<const T extends readonly ArgumentType[]> {
     this.types = types;
     this.module = module;
     this.#handle = handle;
-    let end = 0;
-    this.#offsets = types.map((type) => {
-      const offset = Math.ceil(end / bytesOf(type)) * bytesOf(type);
-      end = offset + bytesOf(type);
-      return offset;
-    });
-    this.#arguments = new DataView(new ArrayBuffer(Math.max(8, end)));
+    this.#arguments = new ArgumentBlock(types);
   }
 
   /**
@@ -136,7 +114,7 @@ export class Kernel<const T extends readonly ArgumentType[]> {
     const { context } = this.module;
     void this.module.handle; // DISPOSED, if it was
     const what = `launch of kernel ${this.name}`;
-    this.#write(what, args);
+    const values = within(what, () => this.#arguments.with(args));
     const params = within(what, () =>
       pack.fkv_launch_params(
         {
@@ -150,25 +128,13 @@ export class Kernel<const T extends readonly ArgumentType[]> {
     );
     const { handle } = stream;
     if (stream.context !== context) throw badArgument(what, "the stream belongs to another device");
-    context.lib.fkv_kernel_launch(this.#handle, params, this.#arguments, handle);
-    context.launches.add(handle, [this.name]);
-    if (context.library.debug && !context.launches.capturing) stream.synchronize();
-  }
-
-  #write(what: string, args: readonly unknown[]): void {
-    const { types } = this;
-    if (args.length !== types.length) {
-      throw badArgument(what, `takes ${types.length} arguments (${types.join(", ")}), got ${args.length}`);
-    }
-    within(what, () => {
-      for (const [i, type] of types.entries()) {
-        scalars[type]?.write(this.#arguments, this.#offsets[i] as number, args[i], `argument ${i} (${type})`);
-      }
-    });
+    context.lib.fkv_kernel_launch(this.#handle, params, values, handle);
+    context.launches.add(handle, [this]);
+    if (context.library.debug && !context.launches.captures(handle)) stream.synchronize();
   }
 }
 
-/** GPU code on a device. */
+/** GPU code on a device. Once disposed, which waits for the device's work, its kernels and graphs of them are DISPOSED. */
 export class Module extends Handle implements OnDevice {
   /** What it was loaded from: write it to a file, and `load` takes it. */
   readonly image: Uint8Array;
@@ -242,13 +208,9 @@ export class Module extends Handle implements OnDevice {
    */
   kernel<const T extends readonly ArgumentType[]>(name: string, types: T): Kernel<T> {
     const { context } = this;
-    for (const type of types) {
-      if (!Object.hasOwn(sizes, type)) {
-        throw badArgument("module.kernel", `${type} is none of ${Object.keys(sizes).join(", ")}`);
-      }
-    }
+    const sizes = within("module.kernel", () => argumentSizes(types));
     // A list of none is no memory to an FFI.
-    const bytes = types.length === 0 ? new Int32Array(1) : Int32Array.from(types, bytesOf);
+    const bytes = types.length === 0 ? new Int32Array(1) : Int32Array.from(sizes);
     context.lib.fkv_module_kernel(context.u64, terminated("name", [name]), bytes, types.length, this.live);
     return new Kernel(this, name, types, Number(context.u64[0]));
   }
@@ -258,17 +220,6 @@ export class Module extends Handle implements OnDevice {
     this.context.launches.done();
   }
 }
-
-const sizes: { readonly [K in ArgumentType]: 4 | 8 } = {
-  ptr: 8,
-  i32: 4,
-  u32: 4,
-  i64: 8,
-  u64: 8,
-  f32: 4,
-  f64: 8,
-};
-const bytesOf = (type: ArgumentType): 4 | 8 => sizes[type];
 
 function bytesIn(memory: JsMemory): Uint8Array {
   return memory instanceof ArrayBuffer

@@ -23,6 +23,13 @@ import {
 
 const include = "-Icuda";
 
+/**
+ * Node and Deno close a library when the environment that loaded it ends: a worker, or the process. A device that is still open
+ * then has threads that run in it, so that its code stays where it is. (macOS closes no library that has thread-local variables.)
+ */
+const stays = (linker: string): string[] =>
+  process.platform === "darwin" ? [] : [`${linker}-z`, `${linker}nodelete`];
+
 /** Paths from the root. */
 function sources(dir: string, extension: string): string[] {
   const full = join(root, dir);
@@ -54,7 +61,7 @@ function twin(): Library {
       ...["-std=c++20", "-O3", ...machine, "-fPIC", "-fvisibility=hidden", "-pthread"],
       ...["-Wall", "-Wextra", "-Wno-psabi", include],
     ],
-    linkFlags: ["-shared", "-pthread"],
+    linkFlags: ["-shared", "-pthread", ...stays("-Wl,")],
     compiler: cxx,
   };
 }
@@ -86,7 +93,7 @@ function cuda(sms: readonly string[], ptx: readonly string[]): Library {
       ...sms.map((sm) => `-gencode=arch=compute_${sm},code=sm_${sm}`),
       ...ptx.map((sm) => `-gencode=arch=compute_${sm},code=compute_${sm}`),
     ],
-    linkFlags: ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"],
+    linkFlags: ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", ...stays("-Xlinker=")],
     compiler: nvcc,
   };
 }

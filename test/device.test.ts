@@ -239,6 +239,27 @@ test("a device's children are invalid with it", () => {
   for (const child of [stream, event, there, host]) child[Symbol.dispose]();
 });
 
+test("a child that fails keeps neither the others nor the device open", () => {
+  const device = open();
+  const boom = new Error("boom");
+  const child = {
+    invalidate() {
+      throw boom;
+    },
+  };
+  device.context.adopt(child as unknown as Stream);
+  const host = device.pinned(16); // after it
+  const view = host.view(Uint8Array);
+  assertEquals(
+    assertThrows(() => device[Symbol.dispose]()),
+    boom,
+  );
+  assertEquals(view.length, 0);
+  assertThrows(() => host.address, FreeKVError);
+  assertThrows(() => device.info(), FreeKVError);
+  device[Symbol.dispose]();
+});
+
 test("a child outlives the last reference to its device", () => {
   const make = (): Stream => open().stream();
   const stream = make();

@@ -7,7 +7,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { assert, assertEquals, assertMatch, assertThrows } from "@std/assert";
+import { FKV_DEVICE_FAILED } from "../ffi/constants.ts";
 import { packageRoot } from "../ffi/root.ts";
+import { failureOf } from "../ffi/status.ts";
 import { Device, type DeviceOptions, FreeKVError } from "../lib/device.ts";
 import { type ErrorCode, exitCode, httpStatus } from "../lib/errors.ts";
 
@@ -60,6 +62,13 @@ test("without debug mode C itself refuses null", () => {
   assertEquals([error.call, error.detail.status], ["fkv_memset_async", "BAD_ARGUMENT"]);
   assertEquals([exitCode(error), httpStatus(error)], [1, 500]); // what C refuses is our mistake, not the user's
   thrown("BAD_ARGUMENT", () => device.call("fkv_nothing" as "fkv_rope", new ArrayBuffer(8), 4096));
+});
+
+test("a failed twin is opened again; after a failed GPU the process is started again", () => {
+  const told = (kind: "cpu" | "cuda"): string =>
+    failureOf("fkv_device_open", FKV_DEVICE_FAILED, "it failed", kind).message;
+  assertMatch(told("cpu"), /^fkv_device_open: it failed; .* dispose it and open it again$/);
+  assertMatch(told("cuda"), /^fkv_device_open: it failed; .* in this process; restart the process$/);
 });
 
 test("options are checked by name", () => {

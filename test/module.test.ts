@@ -98,6 +98,54 @@ test("arguments of every type arrive at their edges", { timeout, skip }, () => {
   thrown("DISPOSED", () => call(shape, out, 0, 0, 0, 0, 0, 0));
 });
 
+test("integers of 1 and 2 bytes, and structs by value, arrive whole", { timeout, skip }, () => {
+  using device = open(true);
+  using stream = device.stream();
+  using module = Module.load(device, probe);
+  const narrow = module.kernel("narrow", [
+    ...(["ptr", "i8", "u8", "i16", "u16", "u16", "i8", "bytes16", "bytes12", "f64"] as const),
+  ]);
+  using out = device.pinned(96);
+  const odd = Uint8Array.from({ length: 12 }, (_, i) => 200 + i);
+  const vector = Float32Array.of(1, -2, 0.5, Number.POSITIVE_INFINITY);
+  const shape = { grid: 1, block: 1, stream };
+  for (const [i, u, s, w] of [
+    [-128, 255, -32768, 65535],
+    [127, 0, 32767, 0],
+    [-1, 128, -1, 32768],
+  ] as const) {
+    out.view(Uint8Array).fill(0);
+    narrow.launch(shape, out, i, u, s, w, 0x3c00, -7, vector, odd, Math.PI);
+    assertEquals([...out.view(BigInt64Array, 0, 6)], [i, u, s, w, 0x3c00, -7].map(BigInt));
+    assertEquals([...out.view(Float32Array, 48, 4)], [...vector]);
+    assertEquals(out.view(Float64Array, 64, 1)[0], Math.PI);
+    assertEquals([...out.view(Uint8Array, 72, 11)], [...odd.subarray(0, 11)]);
+  }
+  const large = module.kernel("large", ["ptr", "bytes4080"]);
+  large.launch(
+    shape,
+    out,
+    Uint32Array.from({ length: 1020 }, (_, i) => i),
+  );
+  assertEquals(out.view(Uint32Array)[0], (1020 * 1019) / 2);
+  assertMatch(
+    thrown("BAD_ARGUMENT", () => module.kernel("large", ["ptr", "bytes4096"])).message,
+    /takes 2 arguments of 8, 4080 bytes; 2 arguments of 8, 4096 bytes were declared/,
+  );
+});
+
+test("a graph outlives no module of its kernels", { timeout, skip }, () => {
+  using device = open();
+  using stream = device.stream();
+  const module = Module.load(device, probe);
+  const nothing = module.kernel("nothing", []);
+  using graph = stream.capture(() => nothing.launch({ grid: 1, block: 1, stream }));
+  stream.launch(graph);
+  module[Symbol.dispose]();
+  assertMatch(thrown("DISPOSED", () => stream.launch(graph)).message, /graph launches kernel nothing/);
+  stream.synchronize();
+});
+
 test("a kernel runs in the shape that it is launched with", { timeout, skip }, () => {
   using device = open();
   using stream = device.stream();
@@ -165,7 +213,7 @@ test("a kernel that is not there, or is declared otherwise, is refused when it i
   );
   assertMatch(
     message(() => module.kernel("add", ["float" as "ptr"])),
-    /float is none of ptr, i32/,
+    /float is none of ptr, i8/,
   );
   const add = module.kernel("add", ["ptr", "ptr", "ptr", "i32"]);
   using stream = device.stream();

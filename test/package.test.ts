@@ -60,9 +60,18 @@ before(() => {
   dir = mkdtempSync(join(tmpdir(), "freekv-package-"));
   run(process.execPath, ["scripts/build.ts", "js", "twin"], root);
   const words = ["pack", "--ignore-scripts", "--json", "--pack-destination", dir];
-  const [packed] = JSON.parse(run("npm", words, root));
+  // As on a machine with a GPU, whose build is for that GPU alone.
+  const otherBuild = join(root, "dist", "native", `none-${process.pid}`);
+  mkdirSync(otherBuild, { recursive: true });
+  let packed: { filename: string; files: { path: string }[] };
+  try {
+    writeFileSync(join(otherBuild, "libfreekv_cuda.so"), "");
+    [packed] = JSON.parse(run("npm", words, root));
+  } finally {
+    rmSync(otherBuild, { recursive: true });
+  }
   tarball = join(dir, packed.filename);
-  files = packed.files.map((file: { path: string }) => file.path);
+  files = packed.files.map((file) => file.path);
 });
 after(() => {
   if (dir !== "") rmSync(dir, { recursive: true, force: true });
@@ -81,6 +90,12 @@ test("it holds the JavaScript, the types, the source, the twin and the demo mode
     (file) => !/^(dist\/(lib|ffi|native)|lib|ffi|cuda|scripts)\/|^[^/]+$/.test(file),
   );
   assertEquals(strange, []);
+  const native = files.filter((file) => file.startsWith("dist/native/"));
+  assertEquals(
+    native.filter((file) => !/^dist\/native\/[^/]+\/libfreekv_cpu\.\w+$/.test(file)),
+    [],
+    "no CUDA library",
+  );
   // Types that name Bun's would be errors in everyone else's program.
   const declarations = files.filter((file) => file.endsWith(".d.ts"));
   const naming = declarations.filter((file) =>

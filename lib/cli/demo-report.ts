@@ -123,7 +123,7 @@ export function footer(rows: readonly Row[], book: PlacedBook, device: string): 
   }
   if (device === "cpu") lines.push("Times are the CPU twin's: they show the pipeline, not the speed.");
   const kept = keptGpuFigures();
-  if (kept.length > 0) lines.push(`Kept GPU figures: ${kept.join(", ")}`);
+  if (kept.length > 0) lines.push(`A GPU's, kept in ${join("bench", "results")}: ${kept.join(", ")}`);
   const lost = lostByDropping(rows, book);
   if (lost.length > 0)
     lines.push("", "What dropping lost: question · expected · streaming said · freekv said", ...lost);
@@ -150,8 +150,7 @@ function keptGpuFigures(): string[] {
   if (!existsSync(dir)) return [];
   return readdirSync(dir)
     .filter((name) => /-h[12]00\.csv$/.test(name))
-    .sort()
-    .map((name) => join("bench", "results", name));
+    .sort();
 }
 
 export function next(): string {

@@ -2,7 +2,7 @@
 // A library that is missing, of another processor, or of another version: each a typed error that lists what was tried.
 
 import { readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { join, relative, resolve } from "node:path";
 import { test } from "node:test";
 import { pathToFileURL } from "node:url";
 import { assert, assertEquals, assertMatch } from "@std/assert";
@@ -19,6 +19,18 @@ test("a missing library is named, and so is every place that was searched", () =
   }
   const listed = thrown("LIBRARY_NOT_FOUND", () => cuda.Device.list({ libraryPath: path }));
   assertMatch(listed.message, /no library at libraryPath .*--library-path.*\n {2}.*none\.so: no such file/);
+});
+
+test("a path that is not absolute begins at the working directory, whatever the loader would make of it", () => {
+  const bare = "no-such-library.so"; // without a slash a loader searches its own places
+  for (const libraryPath of [bare, `./${bare}`]) {
+    const error = thrown("LIBRARY_NOT_FOUND", () => open({ libraryPath }));
+    const [tried] = error.detail.tried as { path: string; reason: string }[];
+    assertEquals([tried?.path, tried?.reason], [resolve(bare), "no such file"]);
+  }
+  using device = open();
+  using again = open({ libraryPath: relative(process.cwd(), device.libraryPath) });
+  assertEquals(again.libraryPath, device.libraryPath);
 });
 
 test("a library of another processor cannot be loaded, and the reason says so", () => {

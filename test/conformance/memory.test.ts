@@ -80,6 +80,34 @@ test("views are empty once their memory is given back", { timeout }, () => {
   assertEquals(late.length, 0);
 });
 
+test("a view that was transferred keeps nothing from being given back", { timeout }, () => {
+  // Node copies what is transferred; elsewhere the view is empty from then on.
+  const transfer = (buffer: ArrayBuffer): ArrayBuffer => {
+    try {
+      return structuredClone(buffer, { transfer: [buffer] });
+    } catch {
+      return buffer;
+    }
+  };
+  using device = open();
+  const host = device.pinned(4096);
+  transfer(host.buffer);
+  assertEquals(host.buffer.byteLength, 4096);
+  const view = host.view(Uint8Array);
+  transfer(host.window(64, 64));
+  host[Symbol.dispose]();
+  assertEquals([view.length, device.memory().pinnedBytes], [0, 0]);
+  thrown("DISPOSED", () => host.address);
+
+  const another = open();
+  const [one, other] = [another.pinned(4096), another.pinned(4096)];
+  const late = other.view(Uint8Array);
+  transfer(one.buffer);
+  another[Symbol.dispose]();
+  assertEquals(late.length, 0);
+  for (const use of [() => other.address, () => another.info()]) thrown("DISPOSED", use);
+});
+
 test("views outlive the collection of others", { timeout }, async () => {
   using device = open();
   using host = device.pinned(2 ** 20);

@@ -11,6 +11,35 @@ extern "C" __global__ void arguments(unsigned long long* out, int i, unsigned u,
   out[6] = static_cast<unsigned long long>(__double_as_longlong(d));
 }
 
+struct Odd {
+  short a;
+  char b[9];
+};
+
+// out [6]: integers of 1 and 2 bytes, sign- or zero-extended; at 48 bytes v, at 64 d, at 72 odd.
+extern "C" __global__ void narrow(long long* out, signed char i, unsigned char u, short s, unsigned short w, unsigned short half, char last,
+                                  float4 v, Odd odd, double d) {
+  out[0] = i;
+  out[1] = u;
+  out[2] = s;
+  out[3] = w;
+  out[4] = half;
+  out[5] = last;
+  reinterpret_cast<float4*>(out)[3] = v;
+  reinterpret_cast<double*>(out)[8] = d;
+  reinterpret_cast<Odd*>(out + 9)[0] = odd;
+}
+
+// A struct as large as a launch of any chip takes beside a pointer. out [1]: the sum of its words.
+struct Large {
+  unsigned words[1020];
+};
+extern "C" __global__ void large(unsigned* out, Large all) {
+  unsigned sum = 0;
+  for (unsigned word : all.words) sum += word;
+  *out = sum;
+}
+
 // out [6]: grid and block.
 extern "C" __global__ void shape(int* out) {
   if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x + threadIdx.y + threadIdx.z != 0) return;
