@@ -61,7 +61,6 @@ struct Missing {
 struct Copies {
   fkv_row row;
   fkv_lane lane;
-
   // From where they lie; a barrier follows before they are read.
   __device__ void take(const fkv_row& from_row, const fkv_lane& from_lane) {
     constexpr int32_t kRowWords = sizeof(fkv_row) / 4, kLaneWords = sizeof(fkv_lane) / 4;
