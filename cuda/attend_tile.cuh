@@ -5,6 +5,7 @@
 // weights enter as the sum of two halves of the stored type, in neighbouring columns: a set of four query heads is the
 // instruction's eight columns. A tile's sums are relative to its own largest score, in powers of two.
 #pragma once
+#include "mma.cuh"
 #include "pages.cuh"
 
 namespace fkv {
@@ -39,33 +40,6 @@ __device__ __forceinline__ float rounded(float v) {
   if constexpr (Stored<T>::kDtype == FKV_BF16) return __bfloat162float(__float2bfloat16_rn(v));
   else return __half2float(__float2half_rn(v));
 }
-// Two values of T; `first` in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t packed_pair(float first, float second) {
-  if constexpr (Stored<T>::kDtype == FKV_BF16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
-
-// c += a·b, sixteen by eight.
-template <class T>
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1) {
-  if constexpr (Stored<T>::kDtype == FKV_BF16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // A warp's tile of halves; D: head_dim rounded up to 64, 128 or 256; S sets of heads. Lane = 4·g + t.
@@ -89,8 +63,8 @@ class Tile {
           v.v[e] *= scale;
           if (g % 2 == 1) v.v[e] -= rounded<T>(v.v[e]);
         }
-        out = make_uint4(packed_pair<T>(v.v[0], v.v[1]), packed_pair<T>(v.v[2], v.v[3]), packed_pair<T>(v.v[4], v.v[5]),
-                         packed_pair<T>(v.v[6], v.v[7]));
+        out = make_uint4(pack2<T>(v.v[0], v.v[1]), pack2<T>(v.v[2], v.v[3]), pack2<T>(v.v[4], v.v[5]),
+                         pack2<T>(v.v[6], v.v[7]));
       }
       query.columns[i] = out;
     }
@@ -132,8 +106,8 @@ class Tile {
 #pragma unroll
       for (int set = 0; set < S; ++set) {
         const uint4 q = query.columns[(set * (D / 32) + j) * kWarp + lane()];
-        multiply<T>(sums[set][0], a.x, b.x, a.y, b.y, q.x, q.y);
-        multiply<T>(sums[set][1], a.z, b.z, a.w, b.w, q.z, q.w);
+        multiply_16x8<T>(sums[set][0], a.x, b.x, a.y, b.y, q.x, q.y);
+        multiply_16x8<T>(sums[set][1], a.z, b.z, a.w, b.w, q.z, q.w);
       }
     }
 #pragma unroll
@@ -169,7 +143,7 @@ class Tile {
       const float weight = __shfl_sync(kAllLanes, weights_[set][i / 2], 4 * (i % 2 * 4 + t) + g / 2);
       column[i] = g % 2 == 0 ? weight : weight - rounded<T>(weight);
     }
-    const uint32_t b0 = packed_pair<T>(column[0], column[1]), b1 = packed_pair<T>(column[2], column[3]);
+    const uint32_t b0 = pack2<T>(column[0], column[1]), b1 = pack2<T>(column[2], column[3]);
     constexpr int kHalves = D < 128 ? 1 : 2;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -180,7 +154,7 @@ class Tile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = word(values_[panel * 2 + half][i], u);
         float c[4] = {};
-        multiply<T>(c, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x5410),
+        multiply_16x8<T>(c, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x5410),
                     __byte_perm(x[2], x[3], 0x7632), b0, b1);
         out[2 * u] = c[0] + c[1];
         out[2 * u + 1] = c[2] + c[3];

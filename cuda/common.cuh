@@ -161,21 +161,18 @@ __device__ __forceinline__ void store8(Half* p, const Eight& in) {
 
 // ---- reductions: one tree, whatever the grid, so that a value's bits depend on its inputs alone ----
 
-// Sum over the warp, the same bits in every lane: halves first (lane i with i ^ 16, then 8, 4, 2, 1).
-__device__ __forceinline__ float warp_sum(float value) {
+// Sum over the warp, or over each kLanes of its lanes, the same bits in all of them: halves first (lane i with i ^ 16, then 8, 4, 2, 1).
+template <int kLanes = kWarp, class Number>
+__device__ __forceinline__ Number warp_sum(Number value) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-__device__ __forceinline__ int32_t warp_sum(int32_t value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
   return value;
 }
 // NaN where some lane's is not a number only if all are: fmaxf passes numbers on.
+template <int kLanes = kWarp>
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+  for (int step = kLanes / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 // Sum over the block, in every thread: each warp's tree, then the warps' sums in the same tree. blockDim.x is a multiple of 32 and all

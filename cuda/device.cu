@@ -9,14 +9,6 @@ namespace {
 constexpr int kLeastMajor = 8;        // bf16 arithmetic and asynchronous copies to shared memory
 constexpr int kLeastDriver = 13000;   // the runtime's own major version
 
-template <class Handle>
-int32_t check_magic(const Handle* handle, uint64_t magic, const char* what) {
-  FKV_REQUIRE(handle != nullptr, FKV_BAD_ARGUMENT, "%s: null", what);
-  FKV_REQUIRE(reinterpret_cast<uintptr_t>(handle) % alignof(Handle) == 0 && handle->magic == magic, FKV_BAD_ARGUMENT,
-              "%s: not a live handle of this library", what);
-  return FKV_OK;
-}
-
 int32_t code_of(cudaError_t error) {
   switch (error) {
     case cudaSuccess:

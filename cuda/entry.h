@@ -21,6 +21,15 @@ int32_t guarded(const Body& body) noexcept {
   }
 }
 
+// FKV_BAD_ARGUMENT unless the handle begins with the magic word that live ones of its kind have.
+template <class Handle>
+int32_t check_magic(const Handle* handle, uint64_t magic, const char* what) {
+  FKV_REQUIRE(handle != nullptr, FKV_BAD_ARGUMENT, "%s: null", what);
+  FKV_REQUIRE(reinterpret_cast<uintptr_t>(handle) % alignof(Handle) == 0 && handle->magic == magic, FKV_BAD_ARGUMENT,
+              "%s: not a live handle of this library", what);
+  return FKV_OK;
+}
+
 // FKV_BAD_ARGUMENT unless the handle is alive.
 int32_t check(const fkv_device* device);
 int32_t check(const fkv_stream* stream);

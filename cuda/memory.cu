@@ -82,9 +82,7 @@ int32_t pin(void* memory, uint64_t bytes, fkv_device* device, const char* call) 
 int32_t pin_piece(char* piece, uint64_t bytes, uint64_t total, fkv_device* device) {
   constexpr const char* kCall = "fkv_host_grow";
   const uint64_t used = device->ledger.usage().pinned;
-  FKV_REQUIRE(bytes <= total - std::min(used, total), FKV_OUT_OF_MEMORY, "%llu bytes of pinned memory: %llu of %llu are in use",
-              static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(used),
-              static_cast<unsigned long long>(total));
+  if (!fits(bytes, used, total)) return over_limit("pinned", bytes, used, total);
   touch(piece, bytes);
   const Beside beside;
   if (const int32_t status = status_of(device, cudaSetDevice(device->ordinal), kCall)) return status;
@@ -150,14 +148,10 @@ int32_t fkv_host_alloc(void** memory, uint64_t bytes, fkv_device* device) {
     if (const int32_t status = may_take(memory, bytes, device, "fkv_host_alloc")) return status;
     const uint64_t total = machine_bytes(), used = device->ledger.usage().pinned;
     void* pages = MAP_FAILED;
-    if (bytes <= total - std::min(used, total)) {
+    if (fits(bytes, used, total)) {
       pages = mmap(nullptr, round_up(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     }
-    if (pages == MAP_FAILED) {
-      return fail(FKV_OUT_OF_MEMORY, "%llu bytes of pinned memory: %llu of %llu are in use",
-                  static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(used),
-                  static_cast<unsigned long long>(total));
-    }
+    if (pages == MAP_FAILED) return over_limit("pinned", bytes, used, total);
     if (bytes >= kHugeBytes) madvise(pages, round_up(bytes), MADV_HUGEPAGE);  // a wish: where it is refused nothing changes
     touch(static_cast<char*>(pages), bytes);
     if (const int32_t status = pin(pages, bytes, device, "fkv_host_alloc")) {

@@ -19,14 +19,6 @@ bool find(Entry* entry, const char* symbol, unsigned version) {
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess && found != nullptr;
 }
 
-template <class Handle>
-int32_t check_magic(const Handle* handle, uint64_t magic, const char* what) {
-  FKV_REQUIRE(handle != nullptr, FKV_BAD_ARGUMENT, "%s: null", what);
-  FKV_REQUIRE(reinterpret_cast<uintptr_t>(handle) % alignof(Handle) == 0 && handle->magic == magic, FKV_BAD_ARGUMENT,
-              "%s: not a live handle of this library", what);
-  return FKV_OK;
-}
-
 // Why the driver did not load an image. What is wrong with the image is no failure of the device.
 int32_t load_status(fkv_device* device, CUresult result, const char* log) {
   const cudaError_t error = runtime_error(result);

@@ -78,18 +78,6 @@ __device__ __forceinline__ void score(float (&scores)[kQueries][kKeys], const fl
   }
 }
 
-// Sum or maximum over the sixteen threads of a query, the same bits in each.
-__device__ __forceinline__ float sum_of_row(float value) {
-#pragma unroll
-  for (int step = kSide / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-__device__ __forceinline__ float max_of_row(float value) {
-#pragma unroll
-  for (int step = kSide / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
-  return value;
-}
-
 // sums[i][j] += Σ weight of query i and key t · V[t][channel 4x + j] over the keys t < seen[i], ascending. kMasked: some query
 // does not see all of them; what it does not see is left out rather than given no weight, because it may be NaN.
 template <bool kMasked, int kQueries>
@@ -171,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (x + j * kSide >= seen[i]) scores[i][j] = -INFINITY;
         best = fmaxf(best, scores[i][j]);
       }
-      best = fmaxf(maximum[i], max_of_row(best));
+      best = fmaxf(maximum[i], warp_max<kSide>(best));
       const float fade = expf(maximum[i] - best);
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
@@ -180,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         sum += weight;
       }
       maximum[i] = best;
-      total[i] = fmaf(total[i], fade, sum_of_row(sum));
+      total[i] = fmaf(total[i], fade, warp_sum<kSide>(sum));
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll

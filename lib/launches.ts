@@ -67,10 +67,11 @@ export class Launches {
       for (const kernel of kernels) capture.kernels.add(kernel);
       return;
     }
-    const names = this.#running.get(stream) ?? new Map<string, number>();
-    this.#running.set(stream, names);
     this.#count++;
-    for (const { name } of kernels) names.set(name, this.#count);
+    for (const { name } of kernels) {
+      const names = this.#running.get(stream) ?? new Map<string, number>();
+      this.#running.set(stream, names.set(name, this.#count));
+    }
   }
 
   record(event: number, stream: number): void {

@@ -52,11 +52,7 @@ Memory::~Memory() {
 int32_t Memory::device_alloc(void** memory, uint64_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   const uint64_t used = allocated_ + pinned_;
-  if (bytes > total_ - std::min(used, total_)) {
-    return fail(FKV_OUT_OF_MEMORY, "%llu bytes of device memory: %llu of %llu are in use",
-                static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(used),
-                static_cast<unsigned long long>(total_));
-  }
+  if (!fits(bytes, used, total_)) return over_limit("device", bytes, used, total_);
   const uint64_t mapped = round_up(bytes, kPage), taken = mapped + kPage;
   const auto hole = std::find_if(free_.begin(), free_.end(), [&](const auto& entry) { return entry.second >= taken; });
   if (hole == free_.end()) {
@@ -113,14 +109,10 @@ int32_t Memory::host_alloc(void** memory, uint64_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   const uint64_t used = allocated_ + pinned_;
   void* pages = MAP_FAILED;
-  if (bytes <= total_ - std::min(used, total_)) {
+  if (fits(bytes, used, total_)) {
     pages = mmap(nullptr, round_up(bytes, kPage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   }
-  if (pages == MAP_FAILED) {
-    return fail(FKV_OUT_OF_MEMORY, "%llu bytes of pinned memory: %llu of %llu are in use",
-                static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(used),
-                static_cast<unsigned long long>(total_));
-  }
+  if (pages == MAP_FAILED) return over_limit("pinned", bytes, used, total_);
   if (bytes >= kHugeBytes) madvise(pages, round_up(bytes, kPage), MADV_HUGEPAGE);
   ranges_[reinterpret_cast<uintptr_t>(pages)] = {bytes, Kind::kAllocated};
   pinned_ += bytes;
@@ -141,11 +133,7 @@ int32_t Memory::host_reserve(void** memory, uint64_t bytes, uint64_t piece_bytes
 int32_t Memory::add_piece(char* piece, uint64_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   const uint64_t used = allocated_ + pinned_;
-  if (bytes > total_ - std::min(used, total_)) {
-    return fail(FKV_OUT_OF_MEMORY, "%llu bytes of pinned memory: %llu of %llu are in use",
-                static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(used),
-                static_cast<unsigned long long>(total_));
-  }
+  if (!fits(bytes, used, total_)) return over_limit("pinned", bytes, used, total_);
   ranges_[reinterpret_cast<uintptr_t>(piece)] = {bytes, Kind::kGrown};
   pinned_ += bytes;
   return FKV_OK;

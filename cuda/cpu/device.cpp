@@ -15,14 +15,6 @@ void DeviceContext::link(uint64_t bytes, bool to_device) { Link::finish(device_-
 
 namespace {
 
-template <class Handle>
-int32_t check_magic(const Handle* handle, uint64_t magic, const char* what) {
-  FKV_REQUIRE(handle != nullptr, FKV_BAD_ARGUMENT, "%s: null", what);
-  FKV_REQUIRE(reinterpret_cast<uintptr_t>(handle) % alignof(Handle) == 0 && handle->magic == magic, FKV_BAD_ARGUMENT,
-              "%s: not a live handle of this library", what);
-  return FKV_OK;
-}
-
 int compute_threads(int32_t wanted) {
   return wanted > 0 ? wanted : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }

@@ -84,7 +84,7 @@ export interface Resolved extends Policy {
   readonly kvDtype: string;
   readonly pageSize: number;
   readonly digest: string;
-  /** null: twice what each sequence selects. */
+  /** null: three times what each sequence selects. */
   readonly slots: number | null;
   readonly recall: string;
   readonly orchestration: string;
