@@ -11,6 +11,7 @@
 // combination.
 #include "attend_combine.cuh"
 #include "attend_visits.cuh"
+#include "early.cuh"
 
 namespace fkv {
 namespace {
@@ -81,15 +82,19 @@ __global__ void __launch_bounds__(kThreads, D > 128 ? kBlocks / 2 : kBlocks)
   const int32_t sequence = cache.rows[row_index].sequence, position = cache.rows[row_index].position;
   constexpr float kLog2E = 1.4426950408889634f;
   const float* q = group_query(cache, job.qkv, row_index, head);
-  // While it is on its way, so is what tells where pages lie.
-  Tile<T, D, S>::load_query(query, q, group, d, cache.attention_scale * kLog2E);
   float* out = job.out + int64_t{pair} * group * d;
   if (sequence < 0) {
+    await_ahead();
+    let_next_begin();
     if (rank == 0)
       for (int e = threadIdx.x; e < group * d; e += kThreads) out[e] = 0.0f;
     return;
   }
   const fkv_lane lane = cache.lanes[sequence];
+  await_ahead();
+  let_next_begin();
+  // While it is on its way, so is what tells where pages lie.
+  Tile<T, D, S>::load_query(query, q, group, d, cache.attention_scale * kLog2E);
   const Visits visits = visits_of(cache, lane, job.layer, head, position);
   const int32_t per_page = cache.page_size / kTile, tile_row = warp % per_page * kTile;
   const auto place_of = [&](int32_t split) -> TilePlace {
@@ -214,9 +219,8 @@ int32_t issue(const fkv_cache& cache, const Job& job, int32_t n_rows, fkv_stream
   const int64_t pairs = int64_t{cache.n_kv_heads} * n_rows;
   int32_t blocks = 1;
   while (blocks < job.strands && 2 * blocks * pairs <= slots) blocks *= 2;
-  if (const int32_t status = side_kernel(stream, kCall, attend_kernel<T, D, S>, 0)) return status;
-  attend_kernel<T, D, S><<<dim3(cache.n_kv_heads, n_rows, blocks), kThreads, 0, stream->handle>>>(cache, job);
-  return launched(stream, kCall);
+  const Launch launch{Kind::attend, bit(Kind::chain) | bit(Kind::retrieve), dim3(cache.n_kv_heads, n_rows, blocks), kThreads, 0};
+  return launch_early(stream, kCall, attend_kernel<T, D, S>, launch, cache, job);
 }
 
 template <class T, int D>

@@ -20,6 +20,31 @@ cudaError_t end_capture(fkv_device* device, const std::shared_ptr<Capture>& capt
   return error;
 }
 
+namespace {
+
+// The one node of the capture behind which the stream's next operation comes; null where there are several, or no capture.
+cudaGraphNode_t node_ahead(const fkv_stream* stream) {
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  const cudaGraphNode_t* nodes = nullptr;
+  const cudaGraphEdgeData* edges = nullptr;
+  size_t n = 0;
+  const cudaError_t error = cudaStreamGetCaptureInfo(stream->handle, &capturing, nullptr, nullptr, &nodes, &edges, &n);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess && capturing == cudaStreamCaptureStatusActive && n == 1 ? nodes[0] : nullptr;
+}
+
+}  // namespace
+
+bool begins_early(fkv_stream* stream, unsigned behind) {
+  const Captured latest = stream->latest;
+  if (stream->device->plain || stream->device->properties.major < 9 || latest.node == nullptr) return false;
+  return (behind >> static_cast<int>(latest.kind) & 1u) != 0 && node_ahead(stream) == latest.node;
+}
+
+void remember_launch(fkv_stream* stream, Kind kind) {
+  if (stream->capture) stream->latest = {node_ahead(stream), kind};
+}
+
 }  // namespace fkv
 
 fkv_graph::~fkv_graph() {

@@ -17,6 +17,7 @@
 
 #include "chain_meet.cuh"
 #include "chain_x.cuh"
+#include "early.cuh"
 
 namespace fkv {
 namespace {
@@ -156,10 +157,10 @@ __global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_con
 #pragma unroll 1
   for (int32_t p = 0; p < chain.n_phases; ++p) {
     const Phase& phase = chain.phases[p];
-    if (p > 0) {
-      prefetch_norm<T>(phase);
-      meet(chain.done + meetings++);
-    }
+    prefetch_norm<T>(phase);
+    if (p == 0) await_ahead();
+    else meet(chain.done + meetings++);
+    if (p == chain.n_phases - 1) let_next_begin();
     if (chain.multiplies) {
       const Run run = deal(phase.units(), !phase.split, dealt);
       multiply_phase<T, N>(chain, phase, run, ring, place, buffer, memory);
@@ -210,10 +211,9 @@ int32_t launch(const Chain& chain, fkv_stream* stream) {
     const Phase& phase = chain.phases[p];
     most = std::max(most, int64_t{tiles_of(phase.to.n_out)} * (phase.split ? slices_of(phase.k) : 1));
   }
-  if (const int32_t status = side_kernel(stream, kCall, dense_chain<T, N>, kSharedBytes)) return status;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, stream->device->properties.multiProcessorCount));
-  dense_chain<T, N><<<blocks, kChainThreads, kSharedBytes, stream->handle>>>(chain);
-  return launched(stream, kCall);
+  const Launch launch{Kind::chain, bit(Kind::attend) | bit(Kind::retrieve) | bit(Kind::chain), dim3(blocks), kChainThreads, kSharedBytes};
+  return launch_early(stream, kCall, dense_chain<T, N>, launch, chain);
 }
 
 int32_t launch(Chain& chain, int32_t dtype, fkv_stream* stream) {

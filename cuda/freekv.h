@@ -270,7 +270,7 @@ typedef struct fkv_cache {
   int64_t frame_bytes;           // of one page of one layer: Hkv·2·P·d·bytes
   fkv_frames device;             // strides of a lane's frames (base, chunks, layer and shift unused; layer = n_frames·frame_bytes)
   fkv_frames host;               // the host pool: page index = block id
-  fkv_frames digests;            // [block][layer][Hkv][2][d]: frame, layer, head, kv (0 = min, 1 = max) strides; row unused
+  fkv_frames digests;            // [2][d] a block, layer and head: frame, layer, head, kv (0 = min, 1 = max) strides; row unused
   const fkv_lane* lanes;         // [max lanes]
   int32_t* sampled;              // [max lanes] the token sampled last
   int32_t* block_table;          // [max lanes][max_pages]

@@ -4,6 +4,7 @@
 // floor: a launch (2 us from one to the next); where heads are served, their digests at HBM read speed (32K tokens, d 128, bf16, 8 heads:
 // 4 MiB → 1.3 us on an H100), two barriers of the cluster and the latency of five dependent reads; misses at the rate of the link.
 #include "checks_retrieve.h"
+#include "early.cuh"
 #include "retrieve.cuh"
 #include "stages.cuh"
 
@@ -38,8 +39,9 @@ int blocks_of_head(const fkv_cache& cache, int32_t n_rows, int64_t most) {
 template <class T>
 int32_t issue_fused(const char* call, const fkv_cache& cache, const fkv_retrieve_params& params, int blocks, const ServiceLayout& layout,
                     fkv_stream* stream) {
-  return launch_clusters(stream, call, retrieve_kernel<T>, blocks, dim3(blocks, cache.n_kv_heads, params.n_rows), kServeThreads,
-                         layout.bytes, cache, params, layout);
+  const Launch launch{Kind::retrieve, bit(Kind::chain), dim3(blocks, cache.n_kv_heads, params.n_rows), kServeThreads,
+                      static_cast<size_t>(layout.bytes), blocks};
+  return launch_early(stream, call, retrieve_kernel<T>, launch, cache, params, layout);
 }
 
 // ---- in several launches ----
@@ -103,7 +105,7 @@ int32_t fkv_retrieve(const fkv_cache* cache, const fkv_retrieve_params* params, 
   if (params->n_rows == 0) return FKV_OK;
   // Before attention nothing runs beside; after it a chain does, and leaves one block's room on each SM.
   const bool beside = params->stage == FKV_NEXT;
-  const int blocks = blocks_of_head(*cache, params->n_rows, int64_t{stream->device->properties.multiProcessorCount} * (beside ? 1 : 2));
+  const int blocks = blocks_of_head(*cache, params->n_rows, int64_t{stream->device->properties.multiProcessorCount} * (beside ? 1 : 4) / 2);
   const ServiceLayout layout = lay_out_service(*cache, blocks);
   const size_t most = beside ? kSideShared - kStaticShared : kPlainShared;
   if (!has_clusters(stream) || static_cast<size_t>(layout.bytes) > most) return issue_separate(call, *cache, *params, stream);

@@ -2,6 +2,7 @@
 // and copying, which they share; block 0 writes what all have worked out.
 #pragma once
 #include "digest.cuh"
+#include "early.cuh"
 #include "recall.cuh"
 #include "rope.cuh"
 #include "select.cuh"
@@ -9,6 +10,8 @@
 
 namespace fkv {
 
+// Of digests, what a launch sends for before it knows which heads it scores: a third of an H100's L2.
+constexpr int32_t kSentBytes = 16 << 20;
 constexpr int32_t kMostSlots = 256;  // of a head whose tables every block holds
 
 struct ServiceLayout {
@@ -82,7 +85,7 @@ struct Service {
   const ServiceLayout& layout;
 
   template <class T>
-  __device__ __forceinline__ bool prepare(const ServiceMemory& memory, const Before& before, float tau, bool walks) const;
+  __device__ __forceinline__ bool prepare(const ServiceMemory& memory, const Before& before, float tau) const;
   template <class T>
   __device__ __forceinline__ void serve(const ServiceMemory& memory, Query query, TileWalk walk, bool met) const;
   __device__ __forceinline__ Missing place(const ServiceMemory& memory, int32_t n_selected, int32_t ahead, bool counted) const;
@@ -93,32 +96,18 @@ struct Service {
 // Which block of a cluster takes K and V to their page.
 __device__ __forceinline__ bool appends(const Peers& peers) { return peers.rank == (peers.size > 1 ? 1 : 0); }
 
-// The first half of preparing, which needs neither row nor lane: q and K as they come (memory.q, memory.key), and the turns; a barrier
-// follows. The last warps make the turns while the first ones load.
-__device__ __forceinline__ void begin_prepare(const ServiceMemory& memory, const fkv_cache& cache, const fkv_retrieve_params& params,
-                                              int32_t row_index, int32_t head, const Peers& peers) {
-  make_turns(memory.turns, params.rope, params.rope.positions[row_index], kServeThreads - 1 - threadIdx.x, kServeThreads);
-  take_query(memory.q, group_query(cache, params.qkv, row_index, head), cache.n_q_heads / cache.n_kv_heads * cache.head_dim);
-  if (appends(peers)) take_query(memory.key, kv_of(cache, params.qkv, row_index, head, 0), cache.head_dim);
-}
-
 // QK-norm, RoPE, K and V into the window, the check. Every block turns the group's q for itself (memory.q); block 0 writes it and the
 // flag, the next one K and V. In place, so block 0 waits until all have read; the others have arrived only. before: of query head `warp`.
 template <class T>
-__device__ __forceinline__ bool Service::prepare(const ServiceMemory& memory, const Before& before, float tau, bool walks) const {
+__device__ __forceinline__ bool Service::prepare(const ServiceMemory& memory, const Before& before, float tau) const {
   __shared__ float cosines[kMaxGroup];
   const int32_t d = cache.head_dim, group = cache.n_q_heads / cache.n_kv_heads, warp = threadIdx.x / kWarp, layer = params.layer;
   const bool compared = compares(row, &lane);
-  peers.arrive();
-  // The warps that have no head of q or k.
-  if (warp > group && walks && (row.speculation != FKV_SPECULATE_NONE || row.correction != FKV_CORRECT_OFF)) {
-    const Scored scored = scored_head(cache, params.workspace, row, lane, Query::previous, layer, row_index, head, params.stage);
-    const int32_t busy = (group + 1) * kWarp;
-    send_for_digests(cache, scored, Share(peers, scored.n), threadIdx.x - busy, kServeThreads - busy);
-  }
+  float* const q_there = const_cast<float*>(group_query(cache, params.qkv, row_index, head));
+  float* const key_there = const_cast<float*>(kv_of(cache, params.qkv, row_index, head, 0));
   for (int32_t h = warp; h < group + appends(peers); h += kServeWarps) {
     float* const x = h < group ? memory.q + h * d : memory.key;
-    turn_head(x, x, params.rope, h < group ? params.rope.q_norm : params.rope.k_norm, memory.turns);
+    turn_head(x, h < group ? q_there + h * d : key_there, params.rope, h < group ? params.rope.q_norm : params.rope.k_norm, memory.turns);
     if (h >= group || !compared) continue;
     __syncwarp();
     const float value =
@@ -126,15 +115,16 @@ __device__ __forceinline__ bool Service::prepare(const ServiceMemory& memory, co
     if (threadIdx.x % kWarp == 0) cosines[h] = value;
   }
   __syncthreads();
+  peers.arrive();
   const bool flagged = flag_of(cache, row, &lane, cosines, tau, layer, head);
   if (appends(peers)) {
-    take_query(const_cast<float*>(kv_of(cache, params.qkv, row_index, head, 0)), memory.key, d);
+    take_query(key_there, memory.key, d);
     append_head<T>(cache, row, lane, memory.key, kv_of(cache, params.qkv, row_index, head, 1), layer, head);
   }
   if (peers.rank == 0) {
     if (threadIdx.x == 0) store_flag(cache, row, &lane, flagged, layer, row_index, head);
     peers.wait();
-    take_query(const_cast<float*>(group_query(cache, params.qkv, row_index, head)), memory.q, group * d);
+    take_query(q_there, memory.q, group * d);
   }
   return flagged;
 }
@@ -161,7 +151,7 @@ __device__ __forceinline__ Missing Service::place(const ServiceMemory& memory, i
   const int32_t length = target_length(row, params.stage);
   const Recalls recalls{cache.block_table + static_cast<int64_t>(row.sequence) * cache.max_pages, memory.misses, length,
                         joining_page(lane, length, cache.page_size)};
-  const Slots slots(memory.slots, lane, table, writes);
+  const Slots slots(memory.slots, lane, table, writes, true);
   int32_t rank = n_selected;
   const Placed placed = place_pages(recalls, slots, lane, selected_slot, memory.pages, n_selected, ahead,
                                     [&] { return index_of(memory.best[rank++]); });
@@ -223,20 +213,11 @@ __device__ __forceinline__ void Service::serve(const ServiceMemory& memory, Quer
   const Share share(peers, n);
   const bool listed = ranks <= kMostListed && (lane.resident || lane.n_slots <= kMostSlots) &&
                       (!scores || (share.pages() <= kRawFloats && lists_ranks(share.pages(), ranks)));
-  // Every block has its slots before block 0 changes them: a barrier of the cluster lies between. They are stored when q is there, too.
-  const int64_t slots_at = lane_head(cache, layer, head) * lane.n_slots;
-  const bool holds = listed && !lane.resident && static_cast<int32_t>(threadIdx.x) < lane.n_slots;
-  const int32_t slot_page = holds ? lane.slot_page[slots_at + threadIdx.x] : 0;
-  const int32_t slot_used = holds ? lane.slot_used[slots_at + threadIdx.x] : 0;
   const bool counted = counts_selection(cache, layer, row_index, head, stage);
   if (scores && (query == Query::previous || !params.prepare)) {
     const float* const q =
         query == Query::previous ? group_query_before(cache, lane, layer, head) : group_query(cache, params.qkv, row_index, head);
     take_query(memory.q, q, group * cache.head_dim);
-  }
-  if (holds) {
-    memory.slots[threadIdx.x] = slot_page;
-    memory.slots[lane.n_slots + threadIdx.x] = slot_used;
   }
   if (scores) {
     const Scored scored = scored_head(cache, params.workspace, row, lane, query, layer, row_index, head, stage);
@@ -293,7 +274,16 @@ __device__ __forceinline__ void Service::count_stall(uint64_t start) const {
   if (end > from) atomicAdd(stall, static_cast<unsigned long long>(end - from));
 }
 
+// The head's slots, into shared memory, and all of them in the order in which they would be replaced. Every block has them before block
+// 0 changes them: a barrier of the cluster lies between.
+__device__ __forceinline__ void take_slots(const Slots& slots) {
+  slots.take();
+  __syncthreads();
+  order_victims(slots, true);
+}
+
 // Everything: reads are sent off as early as what they depend on is there, since each takes longer than what is computed between them.
+// Up to await_ahead() they are of what no dense chain writes: all but q, K and V.
 template <class T>
 __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_retrieve_params& params, const ServiceLayout& layout,
                                             char* shared) {
@@ -303,9 +293,10 @@ __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_re
   const ServiceMemory memory(shared, layout);
   const fkv_row& row_there = cache.rows[row_index];
   const int32_t sequence = row_there.sequence;
-  if (params.prepare) begin_prepare(memory, cache, params, row_index, head, peers);
   int32_t* const n_misses = params.workspace.n_misses + miss_list(cache, row_index, head);
   if (sequence < 0) {
+    await_ahead();
+    let_next_begin();
     if (peers.rank != 0 || threadIdx.x != 0) return;
     *n_misses = 0;
     if (params.prepare) store_flag(cache, row_there, nullptr, false, layer, row_index, head);
@@ -316,28 +307,38 @@ __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_re
   const bool stored = stage != FKV_FIRST && !params.prepare && flags_of(cache, layer, row_index)[head] != 0;
   Before before{};
   float tau = 0.0f;
-  if (params.prepare && compares(row_there, &lane_there)) {
-    const int32_t h = min(static_cast<int32_t>(threadIdx.x) / kWarp, cache.n_q_heads / cache.n_kv_heads - 1);
-    before = take_before(group_query_before(cache, lane_there, layer, head) + h * cache.head_dim, cache.head_dim);
-    tau = lane_there.tau[layer];
+  if (params.prepare) {
+    if (compares(row_there, &lane_there)) {
+      const int32_t h = min(static_cast<int32_t>(threadIdx.x) / kWarp, cache.n_q_heads / cache.n_kv_heads - 1);
+      before = take_before(group_query_before(cache, lane_there, layer, head) + h * cache.head_dim, cache.head_dim);
+      tau = lane_there.tau[layer];
+    }
+    make_turns(memory.turns, params.rope, params.rope.positions[row_index], kServeThreads - 1 - threadIdx.x, kServeThreads);
   }
   __syncthreads();
   const Service service{cache, params, copies.row, copies.lane, row_index, head, peers, shared, layout};
   const int32_t n = n_candidates(copies.lane, target_length(copies.row, stage), cache.page_size);
+  const bool may_serve = selects(copies.lane) && (params.prepare || serves(cache, copies.row, copies.lane, stored, stage) != Query::none);
+  const bool walks = may_serve && n > copies.lane.k;
   TileWalk walk;
-  const bool walks = selects(copies.lane) && n > copies.lane.k &&
-                     (params.prepare || serves(cache, copies.row, copies.lane, stored, stage) != Query::none);
   if (walks) {
-    walk = TileWalk(scored_head(cache, params.workspace, copies.row, copies.lane, Query::previous, layer, row_index, head, stage),
-                    Share(peers, n));
+    const Scored scored = scored_head(cache, params.workspace, copies.row, copies.lane, Query::previous, layer, row_index, head, stage);
+    const Share share(peers, n);
+    walk = TileWalk(scored, share);
+    if (params.prepare && (copies.row.speculation != FKV_SPECULATE_NONE || copies.row.correction != FKV_CORRECT_OFF))
+      send_for_digests(cache, scored, share, kSentBytes / static_cast<int32_t>(gridDim.x * gridDim.y * gridDim.z));
   }
-  const bool flagged = params.prepare ? service.prepare<T>(memory, before, tau, walks) : stored;
+  if (may_serve && !copies.lane.resident && copies.lane.n_slots <= kMostSlots)
+    take_slots(Slots(memory.slots, copies.lane, lane_head(cache, layer, head), false, false));
+  if (walks) walk.resolve(cache);
+  await_ahead();
+  let_next_begin();
+  const bool flagged = params.prepare ? service.prepare<T>(memory, before, tau) : stored;
   const Query query = serves(cache, copies.row, copies.lane, flagged, stage);
   if (query != Query::none) {
     const bool stalls = params.stall != nullptr && stage == FKV_NOW;
     const uint64_t start = stalls ? clock_ns() : 0;
     if (!params.prepare) peers.arrive();
-    if (walks) walk.resolve(cache);
     service.serve<T>(memory, query, walk, params.prepare && peers.rank == 0);
     if (stalls) service.count_stall(start);
   } else if (peers.rank == 0 && threadIdx.x == 0) {

@@ -41,6 +41,18 @@ struct Capture : CaptureState {
   std::vector<fkv_stream*> streams{};
 };
 
+// Launches behind which others may begin early: see early.cuh.
+enum class Kind { none, chain, retrieve, attend };
+struct Captured {
+  cudaGraphNode_t node = nullptr;
+  Kind kind = Kind::none;
+};
+// Whether the next launch on the stream comes in a capture right behind one of these kinds (a bit each), on a chip that lets it begin
+// early.
+bool begins_early(fkv_stream* stream, unsigned behind);
+// What was launched on the stream just now.
+void remember_launch(fkv_stream* stream, Kind kind);
+
 // The status that a CUDA error is, with its text. Errors that leave the context unusable make the device fail, for good.
 // FKV_OK for cudaSuccess. `device` may be null where none is open yet.
 int32_t status_of(fkv_device* device, cudaError_t error, const char* call);
@@ -87,6 +99,7 @@ struct fkv_stream {
   std::shared_ptr<fkv::ComputeStream> shared{};
   cudaStream_t own;
   int32_t uses = 1;  // calls of fkv_stream_compute that were not answered
+  fkv::Captured latest{};  // launch in the capture, where it is of a kind
 
   fkv_stream(fkv_device* owner, cudaStream_t made) : device(owner), handle(made), own(made) {}
   ~fkv_stream();
@@ -94,6 +107,7 @@ struct fkv_stream {
   void enter(const std::shared_ptr<fkv::Capture>& taking) {
     handle = own;
     capture = taking;
+    latest = {};
   }
   void leave() {
     if (shared) handle = shared->handle;

@@ -163,22 +163,21 @@ struct TileWalk {
   }
 };
 
-// Sends for the digests of the block's first unit, by `threads` threads of which the caller is number `thread`: whether the head is
-// flagged or not, they are needed in this layer, before attention or after it.
-__device__ __forceinline__ void send_for_digests(const fkv_cache& cache, const Scored& scored, const Share& share, int32_t thread,
-                                                 int32_t threads) {
+// Sends for the digests of the block's first units, of so many bytes: whether the head is flagged or not, they are needed in this layer,
+// before attention or after it.
+__device__ __forceinline__ void send_for_digests(const fkv_cache& cache, const Scored& scored, const Share& share, int32_t most_bytes) {
   constexpr int32_t kLine = 128;
-  const int32_t bytes = cache.head_dim * static_cast<int32_t>(dtype_bytes(cache.dtype));
-  for (int32_t i = thread; i < kUnitPages; i += threads) {
-    const int32_t page = share.first_page(0) + i;
-    if (page >= scored.n) return;
+  const int32_t bytes = cache.head_dim * static_cast<int32_t>(dtype_bytes(cache.dtype)), kv = threadIdx.x % 2;
+  const int32_t units = min(share.units(), max(1, most_bytes / (2 * bytes * kUnitPages)));
+  static_assert(kServeThreads == 2 * kUnitPages);
+#pragma unroll 1
+  for (int32_t unit = 0; unit < units; ++unit) {
+    const int32_t page = share.first_page(unit) + static_cast<int32_t>(threadIdx.x) / 2;
+    if (page >= scored.n) continue;
     const int32_t block = scored.blocks[page];
     require(block >= 0);
-    const char* low = frame_address(cache.digests, block, scored.layer, scored.head, 0, 0);
-    for (int32_t at = 0; at < bytes; at += kLine) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(low + at));
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(low + cache.digests.kv + at));
-    }
+    const char* from = frame_address(cache.digests, block, scored.layer, scored.head, kv, 0);
+    for (int32_t at = 0; at < bytes; at += kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
   }
 }
 

@@ -136,7 +136,7 @@ __device__ __forceinline__ void select_head(int32_t* tables, int32_t capacity, c
   const int64_t group = cache.n_q_heads / cache.n_kv_heads;
   auto* victims = reinterpret_cast<int32_t*>(workspace.raw + list * group * cache.max_pages);
   const Slots slots = lane.n_slots <= capacity
-                          ? Slots(tables, lane, table, true)
+                          ? Slots(tables, lane, table, true, false)
                           : Slots(victims, reinterpret_cast<int32_t*>(misses), selected_slot, lane, table);
   slots.take();
   require(lane.n_slots <= capacity || lane.n_slots <= group * cache.max_pages);

@@ -41,9 +41,10 @@ struct Slots {
   int32_t *page_out, *used_out;    // device memory
   int32_t n;
   bool writes;                     // whether this block writes what several work out
+  bool ordered;                    // victims holds all slots in their order, as many as a block has threads at most
 
   // tables: shared memory for five of the head's n_slots.
-  __device__ Slots(int32_t* tables, const fkv_lane& lane, int64_t table, bool writing)
+  __device__ Slots(int32_t* tables, const fkv_lane& lane, int64_t table, bool writing, bool in_order)
       : page(tables),
         used(page + lane.n_slots),
         victims(used + lane.n_slots),
@@ -52,7 +53,8 @@ struct Slots {
         page_out(lane.slot_page + table * lane.n_slots),
         used_out(lane.slot_used + table * lane.n_slots),
         n(lane.n_slots),
-        writes(writing) {}
+        writes(writing),
+        ordered(in_order) {}
   // Where they are too many for that, for the one block that works on them and writes: the tables where they lie, and [n_slots] each of
   // device memory. victims may be read until the last miss is listed, kept only before the first.
   __device__ Slots(int32_t* victims_room, int32_t* kept_room, int32_t* chosen_room, const fkv_lane& lane, int64_t table)
@@ -64,7 +66,8 @@ struct Slots {
         page_out(page),
         used_out(used),
         n(lane.n_slots),
-        writes(true) {}
+        writes(true),
+        ordered(false) {}
   // Loads the tables; a barrier follows before they are read.
   __device__ void take() const {
     for (int32_t slot = threadIdx.x; slot < n && page != page_out; slot += kServeThreads) {
@@ -119,17 +122,28 @@ __device__ __forceinline__ int32_t find_hits(const Slots& slots, const int32_t* 
   return n_victims;
 }
 
-// The victims in their order: the one used longest ago first, of equals the lowest; a barrier follows before they are read.
-__device__ __forceinline__ void order_victims(const Slots& slots) {
+// Of all slots, or of those alone that are not kept: the one used longest ago first, of equals the lowest. A barrier follows before they
+// are read.
+__device__ __forceinline__ void order_victims(const Slots& slots, bool all) {
   for (int32_t slot = threadIdx.x; slot < slots.n; slot += kServeThreads) {
-    if (slots.kept[slot]) continue;
+    if (!all && slots.kept[slot]) continue;
+    const int32_t mine = slots.used[slot];
     int32_t before = 0;
+#pragma unroll 8
     for (int32_t other = 0; other < slots.n; ++other) {
-      const int32_t mine = slots.used[slot], theirs = slots.used[other];
-      before += !slots.kept[other] && (theirs < mine || (theirs == mine && other < slot));
+      const int32_t theirs = slots.used[other];
+      before += (theirs < mine || (theirs == mine && other < slot)) && (all || !slots.kept[other]);
     }
     slots.victims[before] = slot;
   }
+}
+
+// Leaves of all slots, which are in order, those that are not kept.
+__device__ __forceinline__ void leave_victims(const Slots& slots, int32_t* warps) {
+  const int32_t slot = static_cast<int32_t>(threadIdx.x) < slots.n ? slots.victims[threadIdx.x] : -1;
+  const bool victim = slot >= 0 && !slots.kept[slot];
+  const Counted counted = count_before(victim, warps);
+  if (victim) slots.victims[counted.before] = slot;
 }
 
 // What became of a selection: pages absent (`moved` of them at hand in the window), and pages fetched ahead, in one miss list.
@@ -174,7 +188,8 @@ __device__ __forceinline__ Placed place_pages(const Recalls& recalls, const Slot
   for (int32_t i = begin; i < end; ++i) own += slots.chosen[i] < 0;
   Counted absent{0, 0};
   if (__syncthreads_or(own > 0 || ahead > 0)) {
-    order_victims(slots);
+    if (slots.ordered) leave_victims(slots, warps);
+    else order_victims(slots, false);
     absent = count_before(own, warps);
     require(absent.all <= n_victims);
   }

@@ -2,7 +2,7 @@
 // The device state that all sequences of an engine share: tables, control ring, results ring, workspaces.
 import { offsets, pack, size } from "../ffi/structs.ts";
 import type { Device, DeviceBuffer, PinnedBuffer } from "./device.ts";
-import { dtypeCode, type Geometry, type Strides } from "./geometry.ts";
+import { dtypeCode, type Frames, type Geometry } from "./geometry.ts";
 import { Owned } from "./owned.ts";
 import type { HostPool } from "./pages.ts";
 
@@ -17,13 +17,6 @@ export interface CacheOptions {
   scoreScale: number;
   /** Address of an `fkv_forced`; none: selections are as they are. */
   forced?: number;
-}
-
-/** Fields of `fkv_frames`. */
-export interface Frames extends Strides {
-  readonly base: number;
-  readonly chunks: number;
-  readonly shift: number;
 }
 
 /** Memory of one retrieval in flight. `misses` is replaced where the lists become longer. */
@@ -130,7 +123,7 @@ export class Cache implements Disposable {
       frame_bytes: g.frameBytes,
       device: { ...strides, ...g.device },
       host: this.hostFrames,
-      digests: { ...strides, ...g.digests, chunks: pool.digestTable.address, shift: pool.shift },
+      digests: pool.digestFrames,
       lanes: this.lanes.address,
       sampled: alloc(4 * o.maxLanes).address,
       block_table: this.blockTable.address,

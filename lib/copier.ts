@@ -1,8 +1,9 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 // Whole pages between frames, lanes and host blocks, any number of them.
 import { pack } from "../ffi/structs.ts";
-import type { Cache, Frames } from "./cache.ts";
+import type { Cache } from "./cache.ts";
 import type { Device, PinnedBuffer, Stream } from "./device.ts";
+import type { Frames } from "./geometry.ts";
 
 const mostPairs = 256; // that one call takes
 

@@ -14,6 +14,13 @@ export interface Strides {
   readonly row: number;
 }
 
+/** Fields of `fkv_frames`. */
+export interface Frames extends Strides {
+  readonly base: number;
+  readonly chunks: number;
+  readonly shift: number;
+}
+
 export interface Geometry {
   readonly layers: number;
   readonly heads: number;
@@ -32,7 +39,6 @@ export interface Geometry {
   readonly digestBytes: number;
   readonly device: Strides;
   readonly host: Strides;
-  readonly digests: Strides;
 }
 
 export interface GeometryOptions {
@@ -71,12 +77,12 @@ export function geometryOf(o: GeometryOptions): Geometry {
     digestBytes,
     device: { layer: 0, frame: frameBytes, ...inFrame(o.layout) },
     host: { layer: frameBytes, frame: o.layers * frameBytes, ...inFrame(o.hostLayout) },
-    digests: {
-      layer: o.kvHeads * 2 * rowBytes,
-      frame: digestBytes,
-      head: 2 * rowBytes,
-      kv: rowBytes,
-      row: 0,
-    },
   };
+}
+
+/** Of `blocks` blocks' digests that lie together, [layer][KV head][block][min, max]: scoring reads one head's, one after the other. */
+export function digestStrides({ layers, kvHeads, digestBytes }: Geometry, blocks: number): Strides {
+  const frame = digestBytes / (layers * kvHeads);
+  const head = blocks * frame;
+  return { layer: kvHeads * head, head, frame, kv: frame / 2, row: 0 };
 }

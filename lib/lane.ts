@@ -2,8 +2,9 @@
 // The device state of one sequence: frames for sink, window and slots (or for every page), the slot tables, the selection,
 // q of the token before, the logits after the last one. One allocation; only its size depends on the policy.
 import { pack, size } from "../ffi/structs.ts";
-import type { Cache, Frames } from "./cache.ts";
+import type { Cache } from "./cache.ts";
 import type { Device, DeviceBuffer, Stream } from "./device.ts";
+import type { Frames } from "./geometry.ts";
 import type { Plan } from "./plan.ts";
 
 const aligned = (bytes: number): number => Math.ceil(bytes / 256) * 256;

@@ -3,7 +3,7 @@
 // one stretch of address space, so that it grows without moving, and a thread pins it ahead of those who take blocks.
 import type { Device, DeviceBuffer, PinnedReserve, Stream } from "./device.ts";
 import { FreeKVError } from "./errors.ts";
-import type { Geometry } from "./geometry.ts";
+import { digestStrides, type Frames, type Geometry } from "./geometry.ts";
 
 const mib = 2 ** 20;
 /** Pinned at once. A launch meanwhile waits for it, and must not wait for longer than the step that runs ahead of it lasts. */
@@ -33,25 +33,24 @@ export class HostPool implements Disposable {
   /** Bytes that were asked for, and of them those known to be pinned. */
   #asked = 0;
   #pinned = 0;
-  /** The digests of 1 << shift blocks lie together. */
-  readonly shift: number;
-  /** Device u64 array of where they lie. */
-  readonly digestTable: DeviceBuffer;
+  /** The digests of 1 << shift blocks lie together; a device u64 array tells where. */
+  readonly #shift: number;
+  readonly #digestTable: DeviceBuffer;
 
   constructor(device: Device, geometry: Geometry, hostBytes: number) {
     const { blockBytes, maxPages } = geometry;
     this.#device = device;
     this.#geometry = geometry;
     this.#limit = Math.floor(hostBytes / blockBytes);
-    this.shift = Math.max(0, Math.floor(Math.log2(Math.min(digestedBytes / blockBytes, 2 * maxPages))));
-    this.digestTable = device.alloc(8 * (Math.ceil(this.#limit / 2 ** this.shift) + 1));
+    this.#shift = Math.max(0, Math.floor(Math.log2(Math.min(digestedBytes / blockBytes, 2 * maxPages))));
+    this.#digestTable = device.alloc(8 * (Math.ceil(this.#limit / 2 ** this.#shift) + 1));
     // No block lies across the end of a piece, since no copy could.
     const unit = pageBytes / gcd(pageBytes, blockBytes);
     const piece = Math.max(unit, Math.floor(pieceBytesAimedAt / blockBytes / unit) * unit) * blockBytes;
     try {
       this.#memory = device.reserve(Math.max(1, this.#limit) * blockBytes, piece);
     } catch (error) {
-      this.digestTable[Symbol.dispose]();
+      this.#digestTable[Symbol.dispose]();
       throw error;
     }
     this.#ask(Math.min(firstBytes, maxPages * blockBytes));
@@ -129,6 +128,17 @@ export class HostPool implements Disposable {
     while (!this.ready(ids)) Atomics.wait(sleep, 0, 0, 1);
   }
 
+  /** Where digests lie, as `fkv_frames`: page index = block id. */
+  get digestFrames(): Frames {
+    const shift = this.#shift;
+    return {
+      base: 0,
+      chunks: this.#digestTable.address,
+      shift,
+      ...digestStrides(this.#geometry, 2 ** shift),
+    };
+  }
+
   /** Host address of a block. */
   address(id: number): number {
     return this.base + id * this.#geometry.blockBytes;
@@ -137,10 +147,10 @@ export class HostPool implements Disposable {
   /** New block ids, and memory for their digests. */
   #extend(stream: Stream): void {
     const first = this.#references.length;
-    const blocks = Math.min(2 ** this.shift, this.#limit - first);
-    const digests = this.#device.alloc(blocks * this.#geometry.digestBytes);
+    const blocks = Math.min(2 ** this.#shift, this.#limit - first);
+    const digests = this.#device.alloc(2 ** this.#shift * this.#geometry.digestBytes);
     stream.write(
-      this.digestTable.address + 8 * this.#digests.length,
+      this.#digestTable.address + 8 * this.#digests.length,
       new BigUint64Array([BigInt(digests.address)]),
     );
     this.#digests.push(digests);
@@ -186,6 +196,6 @@ export class HostPool implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    for (const buffer of [this.#memory, ...this.#digests, this.digestTable]) buffer[Symbol.dispose]();
+    for (const buffer of [this.#memory, ...this.#digests, this.#digestTable]) buffer[Symbol.dispose]();
   }
 }

@@ -2,13 +2,13 @@
 // Prefill: a prompt in chunks, each token attending to every earlier one whatever the policy; finished pages go to the host as
 // they are made. Unless the kernels are FKV_FAST's, a token's bits do not depend on where chunks or appends begin.
 import { pack } from "../ffi/structs.ts";
-import type { Frames } from "./cache.ts";
 import type { ModelConfig } from "./checkpoint.ts";
 import { type PageCopier, type Pages, range } from "./copier.ts";
 import type { Decoder } from "./decoder.ts";
 import { DenseQueue } from "./dense.ts";
 import type { Device, DeviceBuffer, Event, Stream } from "./device.ts";
 import { unlessFailed } from "./errors.ts";
+import type { Frames } from "./geometry.ts";
 import { keptBytes, type Lane } from "./lane.ts";
 import { type ActivationRows, Activations, activationBytes } from "./network.ts";
 import type { Waits } from "./waits.ts";

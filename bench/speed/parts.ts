@@ -40,13 +40,27 @@ export function gatherLines(run: Run, rig: Rig, states: readonly State[]): void 
 /** One launch of a layer, of as many in a graph as there are layers; each reads what no cache holds. */
 async function launch(run: Run, rig: Rig, o: LaunchCase): Promise<void> {
   const { base } = run.shape.contexts;
+  const { layers } = run.shape.config;
   const state = await rig.sequence(base, o.policy);
   force(rig, o.forced);
   if (!o.parts.now) launchParts(rig, [state], { now: true }, 1); // which heads are flagged
   const { ms, counters } = launchParts(rig, [state], o.parts);
+  if (!o.parts.next) {
+    // Between dense chains it begins before the one ahead ends, and the one behind before it ends itself.
+    const alone = spread(launchParts(rig, [state], { dense: true }).ms).median;
+    const within = launchParts(rig, [state], { dense: true, ...o.parts });
+    run.emit({
+      ...{
+        row: null,
+        case: `${o.name}: what it adds between dense chains, ${contextName(base)}`,
+        unit: "us",
+      },
+      value: within.ms.map((each) => (1e3 * (each - alone)) / layers),
+    });
+  }
   run.emit({
     ...{ row: o.most === undefined ? null : 2, case: `${o.name}, ${contextName(base)}`, unit: "us" },
-    value: ms.map((each) => (1e3 * each) / run.shape.config.layers),
+    value: ms.map((each) => (1e3 * each) / layers),
     ...(o.floorBytes && {
       against: { value: (1e6 * o.floorBytes(state)) / run.rates.read.median, is: "HBM floor" },
     }),
