@@ -47,15 +47,14 @@ async function launch(run: Run, rig: Rig, o: LaunchCase): Promise<void> {
   const { ms, counters } = launchParts(rig, [state], o.parts);
   if (!o.parts.next) {
     // Between dense chains it begins before the one ahead ends, and the one behind before it ends itself.
-    const alone = spread(launchParts(rig, [state], { dense: true }).ms).median;
-    const within = launchParts(rig, [state], { dense: true, ...o.parts });
+    const perLayer = (parts: Parts): number[] =>
+      launchParts(rig, [state], parts).ms.map((each) => (1e3 * each) / layers);
+    const alone = spread(perLayer({ dense: true })).median;
+    const within = perLayer({ dense: true, ...o.parts });
     run.emit({
-      ...{
-        row: null,
-        case: `${o.name}: what it adds between dense chains, ${contextName(base)}`,
-        unit: "us",
-      },
-      value: within.ms.map((each) => (1e3 * (each - alone)) / layers),
+      ...{ row: null, case: `a dense chain and ${o.name}, ${contextName(base)}`, unit: "us", value: within },
+      against: { value: alone, is: "a dense chain alone" },
+      note: `${(spread(within).median - alone).toFixed(2)} us more`,
     });
   }
   run.emit({
