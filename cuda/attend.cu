@@ -84,15 +84,13 @@ __global__ void __launch_bounds__(kThreads, D > 128 ? kBlocks / 2 : kBlocks)
   const float* q = group_query(cache, job.qkv, row_index, head);
   float* out = job.out + int64_t{pair} * group * d;
   if (sequence < 0) {
-    await_ahead();
-    let_next_begin();
+    take_over();
     if (rank == 0)
       for (int e = threadIdx.x; e < group * d; e += kThreads) out[e] = 0.0f;
     return;
   }
   const fkv_lane lane = cache.lanes[sequence];
-  await_ahead();
-  let_next_begin();
+  take_over();
   // While it is on its way, so is what tells where pages lie.
   Tile<T, D, S>::load_query(query, q, group, d, cache.attention_scale * kLog2E);
   const Visits visits = visits_of(cache, lane, job.layer, head, position);
@@ -219,8 +217,8 @@ int32_t issue(const fkv_cache& cache, const Job& job, int32_t n_rows, fkv_stream
   const int64_t pairs = int64_t{cache.n_kv_heads} * n_rows;
   int32_t blocks = 1;
   while (blocks < job.strands && 2 * blocks * pairs <= slots) blocks *= 2;
-  const Launch launch{Kind::attend, bit(Kind::chain) | bit(Kind::retrieve), dim3(cache.n_kv_heads, n_rows, blocks), kThreads, 0};
-  return launch_early(stream, kCall, attend_kernel<T, D, S>, launch, cache, job);
+  return launch_early(stream, kCall, Kind::attend, bit(Kind::chain) | bit(Kind::retrieve), attend_kernel<T, D, S>,
+                      {dim3(cache.n_kv_heads, n_rows, blocks), kThreads, 0}, cache, job);
 }
 
 template <class T, int D>

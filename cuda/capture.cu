@@ -42,6 +42,7 @@ bool begins_early(fkv_stream* stream, unsigned behind) {
 }
 
 void remember_launch(fkv_stream* stream, Kind kind) {
+  const std::lock_guard<std::mutex> issue(stream->device->issue);
   if (stream->capture) stream->latest = {node_ahead(stream), kind};
 }
 

@@ -212,8 +212,8 @@ int32_t launch(const Chain& chain, fkv_stream* stream) {
     most = std::max(most, int64_t{tiles_of(phase.to.n_out)} * (phase.split ? slices_of(phase.k) : 1));
   }
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(most, stream->device->properties.multiProcessorCount));
-  const Launch launch{Kind::chain, bit(Kind::attend) | bit(Kind::retrieve) | bit(Kind::chain), dim3(blocks), kChainThreads, kSharedBytes};
-  return launch_early(stream, kCall, dense_chain<T, N>, launch, chain);
+  return launch_early(stream, kCall, Kind::chain, bit(Kind::attend) | bit(Kind::retrieve) | bit(Kind::chain), dense_chain<T, N>,
+                      {dim3(blocks), kChainThreads, kSharedBytes}, chain);
 }
 
 int32_t launch(Chain& chain, int32_t dtype, fkv_stream* stream) {

@@ -47,21 +47,36 @@ struct Cluster {
   }
 };
 
-// Launches with clusters of `blocks` along x; grid.x is a multiple of it.
+struct Launch {
+  dim3 grid;
+  int threads;
+  size_t shared_bytes;
+  int cluster = 1;     // blocks along x that are one; grid.x is a multiple of it
+  bool early = false;  // may begin before the launch ahead has ended: see early.cuh
+};
+
+// Launches a kernel that also runs beside a dense chain: see side_kernel.
 template <class... Parameters, class... Arguments>
-int32_t launch_clusters(fkv_stream* stream, const char* call, void (*kernel)(Parameters...), int blocks, dim3 grid, int threads,
-                        size_t shared_bytes, Arguments&&... arguments) {
-  if (const int32_t status = side_kernel(stream, call, kernel, shared_bytes)) return status;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+int32_t launch_clusters(fkv_stream* stream, const char* call, void (*kernel)(Parameters...), const Launch& launch,
+                        Arguments&&... arguments) {
+  if (const int32_t status = side_kernel(stream, call, kernel, launch.shared_bytes)) return status;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned n = 0;
+  if (launch.cluster > 1) {
+    attributes[n].id = cudaLaunchAttributeClusterDimension;
+    attributes[n++].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  }
+  if (launch.early) {
+    attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[n++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = launch.grid;
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream->handle;
-  config.attrs = &cluster;
-  config.numAttrs = blocks > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = n;
   // What it returns is also the last error, which `launched` takes.
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
   return launched(stream, call);

@@ -5,7 +5,7 @@
 // before its await_ahead() a kernel reads nothing that the one ahead may write, and writes nothing at all; hence `behind`, the kinds of
 // launches that it may follow so. Only captured launches do, and only right behind one another on a stream.
 #pragma once
-#include "common.cuh"
+#include "cluster.cuh"
 
 namespace fkv {
 
@@ -21,42 +21,22 @@ __device__ __forceinline__ void let_next_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+// Both, where nothing is to be done between.
+__device__ __forceinline__ void take_over() {
+  await_ahead();
+  let_next_begin();
+}
 
-struct Launch {
-  Kind kind;
-  unsigned behind;  // kinds, a bit each
-  dim3 grid;
-  int threads;
-  size_t shared_bytes;
-  int cluster = 1;  // blocks along x
-};
 constexpr unsigned bit(Kind kind) { return 1u << static_cast<int>(kind); }
 
-// Launches a kernel that also runs beside a dense chain: see side_kernel.
+// launch_clusters of a kernel of kind `kind`, early behind the kinds `behind` (a bit each).
 template <class... Parameters, class... Arguments>
-int32_t launch_early(fkv_stream* stream, const char* call, void (*kernel)(Parameters...), const Launch& launch, Arguments&&... arguments) {
-  if (const int32_t status = side_kernel(stream, call, kernel, launch.shared_bytes)) return status;
-  cudaLaunchAttribute attributes[2]{};
-  unsigned n = 0;
-  if (launch.cluster > 1) {
-    attributes[n].id = cudaLaunchAttributeClusterDimension;
-    attributes[n++].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
-  }
-  if (begins_early(stream, launch.behind)) {
-    attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[n++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = launch.grid;
-  config.blockDim = dim3(launch.threads);
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = stream->handle;
-  config.attrs = attributes;
-  config.numAttrs = n;
-  // What it returns is also the last error, which `launched` takes.
-  static_cast<void>(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
-  const int32_t status = launched(stream, call);
-  if (status == FKV_OK) remember_launch(stream, launch.kind);
+int32_t launch_early(fkv_stream* stream, const char* call, Kind kind, unsigned behind, void (*kernel)(Parameters...), const Launch& launch,
+                     Arguments&&... arguments) {
+  Launch early = launch;
+  early.early = begins_early(stream, behind);
+  const int32_t status = launch_clusters(stream, call, kernel, early, std::forward<Arguments>(arguments)...);
+  if (status == FKV_OK) remember_launch(stream, kind);
   return status;
 }
 

@@ -48,8 +48,8 @@ int32_t issue_estimate(const char* call, const fkv_cache& cache, const fkv_works
     using T = decltype(zero);
     const int blocks = has_clusters(stream) ? kClusterBlocks : 1;
     const ScoreLayout layout = lay_out_scores(cache, blocks, 0);
-    return launch_clusters(stream, call, estimate_kernel<T>, blocks, dim3(blocks, cache.n_kv_heads, n_rows), kServeThreads, layout.bytes,
-                           cache, workspace, qkv, layer, stage, layout);
+    const Launch launch{dim3(blocks, cache.n_kv_heads, n_rows), kServeThreads, static_cast<size_t>(layout.bytes), blocks};
+    return launch_clusters(stream, call, estimate_kernel<T>, launch, cache, workspace, qkv, layer, stage, layout);
   });
 }
 

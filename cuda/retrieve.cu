@@ -39,9 +39,9 @@ int blocks_of_head(const fkv_cache& cache, int32_t n_rows, int64_t most) {
 template <class T>
 int32_t issue_fused(const char* call, const fkv_cache& cache, const fkv_retrieve_params& params, int blocks, const ServiceLayout& layout,
                     fkv_stream* stream) {
-  const Launch launch{Kind::retrieve, bit(Kind::chain), dim3(blocks, cache.n_kv_heads, params.n_rows), kServeThreads,
-                      static_cast<size_t>(layout.bytes), blocks};
-  return launch_early(stream, call, retrieve_kernel<T>, launch, cache, params, layout);
+  const dim3 grid(blocks, cache.n_kv_heads, params.n_rows);
+  return launch_early(stream, call, Kind::retrieve, bit(Kind::chain), retrieve_kernel<T>,
+                      {grid, kServeThreads, static_cast<size_t>(layout.bytes), blocks}, cache, params, layout);
 }
 
 // ---- in several launches ----

@@ -283,7 +283,7 @@ __device__ __forceinline__ void take_slots(const Slots& slots) {
 }
 
 // Everything: reads are sent off as early as what they depend on is there, since each takes longer than what is computed between them.
-// Up to await_ahead() they are of what no dense chain writes: all but q, K and V.
+// Up to take_over() they are of what no dense chain writes: all but q, K and V.
 template <class T>
 __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_retrieve_params& params, const ServiceLayout& layout,
                                             char* shared) {
@@ -295,8 +295,7 @@ __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_re
   const int32_t sequence = row_there.sequence;
   int32_t* const n_misses = params.workspace.n_misses + miss_list(cache, row_index, head);
   if (sequence < 0) {
-    await_ahead();
-    let_next_begin();
+    take_over();
     if (peers.rank != 0 || threadIdx.x != 0) return;
     *n_misses = 0;
     if (params.prepare) store_flag(cache, row_there, nullptr, false, layer, row_index, head);
@@ -331,8 +330,7 @@ __device__ __forceinline__ void run_service(const fkv_cache& cache, const fkv_re
   if (may_serve && !copies.lane.resident && copies.lane.n_slots <= kMostSlots)
     take_slots(Slots(memory.slots, copies.lane, lane_head(cache, layer, head), false, false));
   if (walks) walk.resolve(cache);
-  await_ahead();
-  let_next_begin();
+  take_over();
   const bool flagged = params.prepare ? service.prepare<T>(memory, before, tau) : stored;
   const Query query = serves(cache, copies.row, copies.lane, flagged, stage);
   if (query != Query::none) {

@@ -107,11 +107,11 @@ struct fkv_stream {
   void enter(const std::shared_ptr<fkv::Capture>& taking) {
     handle = own;
     capture = taking;
-    latest = {};
   }
   void leave() {
     if (shared) handle = shared->handle;
     capture.reset();
+    latest = {};  // eager launches ask no further
   }
 };
 

@@ -274,8 +274,8 @@ extern "C" int32_t fkv_sample(const fkv_cache* cache, const fkv_sample_params* p
     job.held = static_cast<int32_t>(std::min<size_t>(room, fkv::choice_turns(params->vocab, kBlocks)));
     fkv::survey_kernel<<<dim3(job.n_slices, rows), fkv::kSurveyThreads, 0, stream->handle>>>(job);
     FKV_LAUNCH_CHECK(stream, fkv::kCall);
-    return fkv::launch_clusters(stream, fkv::kCall, fkv::choose_kernel<kBlocks>, kBlocks, dim3(kBlocks, rows),
-                                fkv::kChoiceThreads, kFixed + job.held * kTurn, job);
+    const fkv::Launch launch{dim3(kBlocks, rows), fkv::kChoiceThreads, kFixed + job.held * kTurn, kBlocks};
+    return fkv::launch_clusters(stream, fkv::kCall, fkv::choose_kernel<kBlocks>, launch, job);
   };
   if (fkv::has_clusters(stream)) return issue(std::integral_constant<int, fkv::kClusterBlocks>{});
   return issue(std::integral_constant<int, 1>{});
