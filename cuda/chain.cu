@@ -8,10 +8,10 @@
 // normal launch will do: there are no more blocks than fit at once, chains of a device run on one stream, and what runs
 // beside them never waits for them.
 //
-// floor: the bytes of W at HBM read speed → a layer of Llama-3.1-8B (436 MB bf16) 140 us on an H100 that reads 3.12 TB/s. Eight
-// layers and the logits, measured there: 1 row 1.09 × the floor, 2 rows 1.17, 4 rows 1.22, 8 rows 1.34, 16 rows 1.83. What is
-// lost: 3 us to begin a launch, 2 to 3 us at the end of each phase (1 row; what the ring holds covers 5), and with more rows the
-// time to fetch x, which each multiprocessor needs whole.
+// floor: the bytes of W at HBM read speed → a layer of Llama-3.1-8B (436 MB bf16) 97 us on an H200 that reads 4.51 TB/s. Eight
+// layers and the logits, measured there: 1 row 1.16 × the floor, 2 rows 1.20, 4 rows 1.27, 8 rows 1.43. What is lost: 3 us to
+// begin a launch, 2.6 us at the end of each phase (1 row; what the ring holds covers 3.7), the tiles that do not divide evenly
+// among the blocks, and with more rows the time to fetch x, which each multiprocessor needs whole.
 #include <algorithm>
 #include <vector>
 
@@ -39,35 +39,30 @@ constexpr int64_t kPartialBytes = 8 << 20;  // of a split phase; more rows of W 
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// This warp's part of one slice of 16 rows of W, as its stages come. x: where this lane's values start.
+// This warp's part of one slice of 16 rows of W, as its stages come. x: where the slice's first chunk lies.
 template <class T, int N>
-__device__ __forceinline__ void multiply_slice(Part<N>& part, const Ring& ring, RingPlace& place, const float* x, int32_t pitch,
+__device__ __forceinline__ void multiply_slice(Part<T, N>& part, const Ring& ring, RingPlace& place, const char* x, int32_t pitch,
                                                int32_t n_rows, int32_t length) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const char* const stages = ring.stages + stage_place();
 #pragma unroll 1
   for (int32_t at = 0; at < length; at += kStageK) {
-    float v[kStageChunks][N][8] = {};
+    Column<T> v[kStageChunks][N] = {};
     Piece<T> upper[kStageChunks], lower[kStageChunks];
 #pragma unroll
     for (int c = 0; c < kStageChunks; ++c) {
       const int32_t chunk = at + (warp + c * kParts) * kChunk;
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        if (g + n * kTileRows < n_rows && chunk < length) {
-          const float* from = x + n * kTileRows * pitch + chunk;
-          *reinterpret_cast<float4*>(v[c][n]) = *reinterpret_cast<const float4*>(from);
-          *reinterpret_cast<float4*>(v[c][n] + 4) = *reinterpret_cast<const float4*>(from + 4);
-        }
+        if (const int row = n * kTileRows<T> + column_row<T>(); row < n_rows && chunk < length)
+          v[c][n].load(x + row * pitch + chunk / kChunk * kChunkBytes);
     }
     barrier_wait(ring.full + place.stage, place.parity);
-    const char* from = ring.stages + place.stage * kStageBytes + g * kStagePitch + warp * (kChunk * 2) + t * 16;
+    const char* from = stages + place.stage * kStageBytes;
 #pragma unroll
-    for (int c = 0; c < kStageChunks; ++c) {
-      upper[c].bits = lower[c].bits = make_uint4(0, 0, 0, 0);
-      if (at + (warp + c * kParts) * kChunk + t * 8 < length) {
-        upper[c].bits = *reinterpret_cast<const uint4*>(from + c * (kParts * kChunk * 2));
-        lower[c].bits = *reinterpret_cast<const uint4*>(from + c * (kParts * kChunk * 2) + 8 * kStagePitch);
-      }
+    for (int c = 0; c < kStageChunks; ++c, from += kParts * kChunk / kPanelK * kPanelBytes) {
+      upper[c].bits = *reinterpret_cast<const uint4*>(from);
+      lower[c].bits = *reinterpret_cast<const uint4*>(from + kPanelBytes / 2);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(ring.empty + place.stage);
@@ -81,17 +76,15 @@ __device__ __forceinline__ void multiply_slice(Part<N>& part, const Ring& ring, 
 template <class T, int N>
 __device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& phase, const Run& run, const Ring& ring,
                                                RingPlace& place, int& buffer, char* memory) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp;
   const int32_t n_rows = chain.n_rows, part_floats = n_rows * kPartPitch;
   const int32_t row = threadIdx.x / kTileOuts, place_out = threadIdx.x % kTileOuts;
   const bool adds = warp * kWarp < n_rows * kTileOuts;  // some lane of this warp has an output
-  float* x = reinterpret_cast<float*>(memory);
-  T* norm = reinterpret_cast<T*>(memory + chain.norm_at);
   float* const first_squares = reinterpret_cast<float*>(memory + chain.squares_at);
   float* squares = first_squares;
   float* parts = reinterpret_cast<float*>(memory + chain.parts_at);
   const int32_t pitch = x_pitch(phase.split ? kSlice : phase.k);
-  const float* own_x = x + lane / 4 * pitch + lane % 4 * 8;
+  T* norm = reinterpret_cast<T*>(memory + chain.norm_at);
   int32_t loaded = -1;  // start of what of x is here
   float factor = 1.0f;
 #pragma unroll 1
@@ -101,17 +94,18 @@ __device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& 
     if (fresh) {
       // The other of two places: a slower warp may still read what the unit before left.
       if (phase.split) squares = first_squares + unit.first / kSlice % 2 * kParts * n_rows;
-      load_x<T>(x, pitch, norm, squares, phase, n_rows, unit.first, unit.end);
+      load_x<T>(memory, pitch, norm, squares, phase, n_rows, unit.first, unit.end);
       loaded = unit.first;
     }
     const Ending<T> ending(phase.to, phase.split ? n_rows : row, unit.tile * kTileOuts + place_out);
     float total = 0.0f;
 #pragma unroll 1
     for (int32_t slice = unit.first; slice < unit.end; slice += kSlice) {
-      Part<N> part;
-      multiply_slice<T, N>(part, ring, place, own_x + (slice - unit.first), pitch, n_rows, min(kSlice, unit.end - slice));
+      Part<T, N> part;
+      multiply_slice<T, N>(part, ring, place, memory + (slice - unit.first) / kChunk * kChunkBytes, pitch, n_rows,
+                           min(kSlice, unit.end - slice));
       float* mine = parts + buffer * (kParts * part_floats);
-      part.write(mine + warp * part_floats, n_rows);
+      part.write(mine + warp * part_floats, n_rows, stage_row());
       sync_parts();
       if (adds) {
         const float sum = sum_parts(mine + row * kPartPitch + place_out, part_floats);
@@ -139,7 +133,7 @@ __device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& 
 
 template <class T, int N>
 __global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_constant__ Chain chain) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(kSwizzleBytes) char memory[];
   Ring ring;
   ring.full = reinterpret_cast<uint64_t*>(memory + chain.barriers_at);
   ring.empty = ring.full + kMaxStages;
@@ -191,7 +185,7 @@ void place(Chain& chain) {
   for (int32_t p = 0; p < chain.n_phases; ++p) {
     const Phase& phase = chain.phases[p];
     const int64_t slices = phase.split ? 2 : slices_of(phase.k);
-    x = std::max<int64_t>(x, 4LL * chain.n_rows * x_pitch(phase.split ? kSlice : phase.k));
+    x = std::max<int64_t>(x, int64_t{chain.n_rows} * x_pitch(phase.split ? kSlice : phase.k));
     if (phase.norm != nullptr) norm = std::max<int64_t>(norm, 2LL * std::min(phase.k, phase.split ? kSlice : phase.k));
     squares = std::max<int64_t>(squares, 4LL * chain.n_rows * kParts * slices);
   }
@@ -200,7 +194,7 @@ void place(Chain& chain) {
   chain.parts_at = static_cast<int32_t>(chain.squares_at + align(squares));
   // One row more than there is may be read, and is dropped.
   chain.barriers_at = static_cast<int32_t>(chain.parts_at + align(4LL * kPartPitch * (2 * kParts * chain.n_rows + 1)));
-  chain.ring_at = static_cast<int32_t>(chain.barriers_at + align(2 * kMaxStages * sizeof(uint64_t)));
+  chain.ring_at = static_cast<int32_t>(divide_up(chain.barriers_at + 2 * kMaxStages * sizeof(uint64_t), kSwizzleBytes) * kSwizzleBytes);
   chain.n_stages = std::min(kMaxStages, (kSharedBytes - chain.ring_at) / kStageBytes);
 }
 
@@ -218,10 +212,16 @@ int32_t launch(const Chain& chain, fkv_stream* stream) {
 
 int32_t launch(Chain& chain, int32_t dtype, fkv_stream* stream) {
   place(chain);
-  const bool wide = chain.n_rows > kTileRows;
-  if (dtype == FKV_BF16)
-    return wide ? launch<__nv_bfloat16, 2>(chain, stream) : launch<__nv_bfloat16, 1>(chain, stream);
-  return wide ? launch<__half, 2>(chain, stream) : launch<__half, 1>(chain, stream);
+  // Tiles of x side by side.
+  const auto by_tiles = [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t tiles = divide_up(chain.n_rows, kTileRows<T>);
+    if (tiles <= 1) return launch<T, 1>(chain, stream);
+    if constexpr (kMaxChainRows > 2 * kTileRows<T>)
+      if (tiles > 2) return launch<T, 4>(chain, stream);
+    return launch<T, 2>(chain, stream);
+  };
+  return dtype == FKV_BF16 ? by_tiles(__nv_bfloat16{}) : by_tiles(__half{});
 }
 
 // Whether memory of rows [n_rows][width], `stride` floats apart, and of others overlaps.
@@ -231,6 +231,12 @@ bool overlap(const float* a, int64_t a_stride, int64_t a_width, const float* b, 
   const uintptr_t x_end = x + 4 * static_cast<uintptr_t>((n_rows - 1) * a_stride + a_width);
   const uintptr_t y_end = y + 4 * static_cast<uintptr_t>((n_rows - 1) * b_stride + b_width);
   return x < y_end && y < x_end;
+}
+
+int32_t map_weight(CUtensorMap* map, EncodeTiled encode, const Phase& phase, int32_t dtype) {
+  const auto k = static_cast<cuuint64_t>(phase.k);
+  return encode_map(map, encode, kCall, dtype, phase.weight, {kPanelK, static_cast<cuuint64_t>(phase.to.n_out), k / kPanelK},
+                    {k * 2, kPanelK * 2}, {kPanelK, kTileOuts, kStageK / kPanelK});
 }
 
 // Splits a phase's partial sums to what scratch holds.
@@ -253,7 +259,7 @@ bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv
   if (n_rows > kMaxChainRows) return false;
   for (int32_t i = 0; i < n_phases; ++i) {
     const fkv_phase& phase = phases[i];
-    if (phase.dtype == FKV_F32 || phase.dtype != phases[0].dtype || phase.k % 8 != 0) return false;
+    if (phase.dtype == FKV_F32 || phase.dtype != phases[0].dtype || phase.k % kPanelK != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.weight) % 16 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.norm) % 8 != 0) return false;
     if (reinterpret_cast<uintptr_t>(phase.x) % 16 != 0 || phase.x_stride % 4 != 0) return false;
@@ -265,11 +271,13 @@ bool chains(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, const fkv
 }
 
 int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, void* scratch, fkv_stream* stream) {
+  EncodeTiled encode = nullptr;
+  if (const int32_t status = find_encode(&encode, kCall, stream)) return status;
   std::vector<Phase> list;
   int64_t slices = 1;
   for (int32_t i = 0; i < n_phases; ++i) {
     const fkv_phase& from = phases[i];
-    const bool split = 4LL * n_rows * x_pitch(from.k) > kWholeBytes && slices_of(from.k) > 1;
+    const bool split = int64_t{n_rows} * x_pitch(from.k) > kWholeBytes && slices_of(from.k) > 1;
     const auto step = static_cast<int32_t>(
         split ? std::min<int64_t>(from.n_out, most_tiles(from.k, n_rows) * kTileOuts) : from.n_out);
     const int64_t size = 2;
@@ -302,6 +310,8 @@ int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, voi
     std::copy_n(list.begin() + static_cast<int64_t>(first), chain.n_phases, chain.phases);
     // A phase that comes alone is never waited in: its caller may share the device with launches that we do not know.
     const bool apart = chain.n_phases == 1 && chain.phases[0].split;
+    for (int32_t i = 0; i < chain.n_phases; ++i)
+      if (const int32_t status = map_weight(&chain.maps[i], encode, chain.phases[i], phases[0].dtype)) return status;
     chain.multiplies = true;
     chain.finishes = !apart;
     if (const int32_t status = launch(chain, phases[0].dtype, stream)) return status;

@@ -1,11 +1,13 @@
 // chain_work.cuh: what a chain consists of, and which block does what.
 #pragma once
+#include <cuda.h>
+
 #include "dense.cuh"
 
 namespace fkv {
 
 constexpr int kMaxPhases = 16;  // of one launch
-constexpr int kMaxChainRows = 2 * kTileRows;
+constexpr int kMaxChainRows = 16;
 
 // 16 rows of W (a tile), along all of k or one slice of it.
 struct Unit {
@@ -34,6 +36,7 @@ struct Phase {
 };
 
 struct Chain {
+  CUtensorMap maps[kMaxPhases];  // W of each phase: [k / 64][n_out][64]
   Phase phases[kMaxPhases];
   unsigned* done;   // [2 · kMaxPhases + 1] how many blocks have come to a meeting, then how many have left; zero between launches
   float* partials;  // [slice][tile][row][16] of a split phase
@@ -46,8 +49,8 @@ struct Chain {
 };
 static_assert(sizeof(Chain) <= 4096);
 
-// Floats from one row of x in shared memory to the next: neighbours 16 bytes apart in the banks.
-__host__ __device__ constexpr int32_t x_pitch(int32_t k) { return (k + kChunk - 1) / kChunk * kChunk + 4; }
+// Bytes from one row of x in shared memory to the next: neighbours lie 16 bytes apart in the banks.
+__host__ __device__ constexpr int32_t x_pitch(int32_t k) { return (k + kChunk - 1) / kChunk * kChunkBytes + 16; }
 
 struct Run {
   int32_t begin, end, step;

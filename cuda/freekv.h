@@ -158,7 +158,7 @@ typedef struct fkv_phase {
   int32_t reserved;
 } fkv_phase;
 // Runs the phases in order, each seeing the ones before it. scratch: device memory, fkv_chain_scratch_bytes() of it, zeroed once before
-// its first use, not shared with another chain in flight. k and n_out any positive number; k a multiple of 8, weights, norms and rows of
+// its first use, not shared with another chain in flight. k and n_out any positive number; k a multiple of 64, weights, norms and rows of
 // x aligned to 16 bytes are fast.
 FKV_API int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, int32_t family, void* scratch, fkv_stream* stream);
 FKV_API int32_t fkv_chain_scratch_bytes(uint64_t* bytes, int32_t n_rows, int32_t max_k, int32_t max_out);

@@ -16,18 +16,19 @@ struct Lay {
   const float* x;
   const void* norm;  // or null
   float* factors;
-  float* out;
+  char* out;
   int64_t x_stride;
-  int32_t k, padded, dtype;
+  int32_t k, padded;
   float eps;
 };
 
 // One block a row.
+template <class T>
 __global__ void __launch_bounds__(kPartsThreads) lay_out(const Lay job) {
   __shared__ float parts[kParts];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float* x = job.x + blockIdx.x * job.x_stride;
-  float* out = job.out + static_cast<int64_t>(blockIdx.x) * job.padded;
+  char* out = job.out + static_cast<int64_t>(blockIdx.x) * job.padded * 4;
   float squares = 0.0f;
   for (int32_t slice = 0; slice < job.padded; slice += kSlice) {
     float sum = 0.0f;
@@ -41,8 +42,8 @@ __global__ void __launch_bounds__(kPartsThreads) lay_out(const Lay job) {
       sum = add_squares(sum, make_float4(v[0], v[1], v[2], v[3]));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (job.norm != nullptr && at + i < job.k) v[i] *= load(job.norm, at + i, job.dtype);
-      *reinterpret_cast<float4*>(out + at) = make_float4(v[0], v[1], v[2], v[3]);
+        if (job.norm != nullptr && at + i < job.k) v[i] *= to_f32(static_cast<const T*>(job.norm)[at + i]);
+      Column<T>::store(out + at / kChunk * kChunkBytes, at % kChunk, v);
     }
     sum = warp_sum(sum);
     if (lane == 0) parts[warp] = sum;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kPartsThreads) lay_out(const Lay job) {
 struct Multiply {
   const void* weight;
   const float* factors;
-  const float* x;  // as lay_out leaves it
+  const char* x;  // as lay_out leaves it: rows of whole chunks
   Output to;
   int32_t k, padded;
 };
@@ -85,9 +86,9 @@ __device__ __forceinline__ Piece<T> load_piece(const T* row, int32_t at, int32_t
 // Blocks that share rows of W follow each other, so that W comes from memory once and then from L2.
 template <class T, bool kAligned, int N>
 __global__ void __launch_bounds__(kPartsThreads, 2) multiply(const Multiply job) {
-  constexpr int kRows = N * kTileRows, kPartFloats = kRows * kPartPitch;
+  constexpr int kRows = N * kTileRows<T>, kPartFloats = kRows * kPartPitch;
   constexpr int kOutputs = (kRows * kTileOuts - 1) / kPartsThreads + 1;   // of one thread
-  constexpr int kAhead = sizeof(T) == 2 && N == 1 ? 4 : 2;                // chunks of W in flight
+  constexpr int kAhead = sizeof(T) == 2 && kRows <= 8 ? 4 : 2;            // chunks of W in flight
   __shared__ float parts[2][kParts][kPartFloats];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int32_t k = job.k, row_tiles = (job.to.n_rows - 1) / kRows + 1;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kPartsThreads, 2) multiply(const Multiply job)
     const T* lower = weight + static_cast<int64_t>(min(out0 + g + 8, job.to.n_out - 1)) * k;
     float totals[kOutputs] = {};
     for (int32_t slice = 0; slice < k; slice += kSlice) {
-      Part<N> part;
+      Part<T, N> part;
 #pragma unroll 1
       for (int first = 0; first < kSlice / kChunk / kParts; first += kAhead) {
         Piece<T> a[kAhead], b[kAhead];
@@ -117,18 +118,15 @@ __global__ void __launch_bounds__(kPartsThreads, 2) multiply(const Multiply job)
         for (int c = 0; c < kAhead; ++c) {
           const int32_t at = slice + (warp + (first + c) * kParts) * kChunk;
           if (at >= k) break;
-          float v[N][8] = {};
+          Column<T> v[N] = {};
 #pragma unroll
-          for (int n = 0; n < N; ++n) {
-            if (n * kTileRows + g >= n_rows) continue;
-            const float* from = job.x + static_cast<int64_t>(row0 + n * kTileRows + g) * job.padded + at + t * 8;
-            *reinterpret_cast<float4*>(v[n]) = *reinterpret_cast<const float4*>(from);
-            *reinterpret_cast<float4*>(v[n] + 4) = *reinterpret_cast<const float4*>(from + 4);
-          }
+          for (int n = 0; n < N; ++n)
+            if (const int32_t row = n * kTileRows<T> + column_row<T>(); row < n_rows)
+              v[n].load(job.x + (int64_t{row0} + row) * job.padded * 4 + at / kChunk * kChunkBytes);
           part.add(a[c], b[c], v);
         }
       }
-      part.write(parts[buffer][warp], n_rows);
+      part.write(parts[buffer][warp], n_rows, g);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i) {
@@ -151,13 +149,14 @@ __global__ void __launch_bounds__(kPartsThreads, 2) multiply(const Multiply job)
 
 template <class T, bool kAligned>
 void launch_multiply(const Multiply& job, cudaStream_t stream) {
-  const bool many = job.to.n_rows > kTileRows;
-  const int64_t tiles = divide_up(job.to.n_rows, many ? 4 * kTileRows : kTileRows) * tiles_of(job.to.n_out);
+  constexpr int kFew = 8, kMany = 32;
+  const bool many = job.to.n_rows > kFew;
+  const int64_t tiles = divide_up(job.to.n_rows, many ? kMany : kFew) * tiles_of(job.to.n_out);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, 1 << 30));
   if (many)
-    multiply<T, kAligned, 4><<<blocks, kPartsThreads, 0, stream>>>(job);
+    multiply<T, kAligned, kMany / kTileRows<T>><<<blocks, kPartsThreads, 0, stream>>>(job);
   else
-    multiply<T, kAligned, 1><<<blocks, kPartsThreads, 0, stream>>>(job);
+    multiply<T, kAligned, kFew / kTileRows<T>><<<blocks, kPartsThreads, 0, stream>>>(job);
 }
 
 }  // namespace
@@ -167,14 +166,11 @@ int32_t launch_phase(const fkv_phase& phase, int32_t n_rows, float* x_memory, fk
   lay.x = phase.x;
   lay.norm = phase.norm;
   lay.factors = x_memory;
-  lay.out = x_memory + divide_up(n_rows, 4) * 4;
+  lay.out = reinterpret_cast<char*>(x_memory + divide_up(n_rows, 4) * 4);
   lay.x_stride = phase.x_stride;
   lay.k = phase.k;
   lay.padded = static_cast<int32_t>(divide_up(phase.k, kChunk) * kChunk);
-  lay.dtype = phase.dtype;
   lay.eps = phase.eps;
-  lay_out<<<static_cast<unsigned>(n_rows), kPartsThreads, 0, stream->handle>>>(lay);
-  FKV_LAUNCH_CHECK(stream, kCall);
 
   Multiply job;
   job.weight = phase.weight;
@@ -185,6 +181,8 @@ int32_t launch_phase(const fkv_phase& phase, int32_t n_rows, float* x_memory, fk
   job.padded = lay.padded;
   return with_dtype(phase.dtype, [&](auto type) {
     using T = decltype(type);
+    lay_out<T><<<static_cast<unsigned>(n_rows), kPartsThreads, 0, stream->handle>>>(lay);
+    if (const int32_t status = launched(stream, kCall)) return status;
     if (reinterpret_cast<uintptr_t>(phase.weight) % 16 == 0 && phase.k % 8 == 0)
       launch_multiply<T, true>(job, stream->handle);
     else

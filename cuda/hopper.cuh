@@ -42,6 +42,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 // After barrier_init, before others use the barrier.
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// True in one thread of a warp that is here as a whole.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t one;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.b32 %0, 1, 0, one;\n}" : "=r"(one));
+  return one != 0;
+}
 // Between ordinary stores to shared memory and the tensor cores or copy engine that read it.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -69,6 +75,15 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint6
       "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
       : "memory");
 }
+// policy: of the L2.
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, const int32_t (&at)[3], uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // To the same place, with the same barrier, of both blocks of a pair.
 __device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, uint64_t* barrier, const int32_t (&at)[2]) {
   asm volatile(

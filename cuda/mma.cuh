@@ -85,4 +85,14 @@ __device__ __forceinline__ float2 unpack2(uint32_t word) {
   return __half22float2(pair);
 }
 
+// Four values as sums of two of T each, up to 2^-16 (bf16) or 2^-22 (f16, within its range) of them. low: what rounding left, rounded; of
+// what is not finite, nothing.
+template <class T>
+__device__ __forceinline__ void split4(const float (&v)[4], uint2& high, uint2& low) {
+  const auto left = [](float x, float rounded) { return isfinite(rounded) ? x - rounded : 0.0f; };
+  high = make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
+  const float2 a = unpack2<T>(high.x), b = unpack2<T>(high.y);
+  low = make_uint2(pack2<T>(left(v[0], a.x), left(v[1], a.y)), pack2<T>(left(v[2], b.x), left(v[3], b.y)));
+}
+
 }  // namespace fkv

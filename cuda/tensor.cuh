@@ -32,17 +32,13 @@ struct Product {
 
 // ---- x in parts ----
 
-// Four values of a row of an operand, aligned to 8 bytes. low: what rounding left, rounded; of what is not finite, nothing.
+// Four values of a row of an operand, aligned to 8 bytes.
 template <class T, int kParts>
 __device__ __forceinline__ void store_parts(const Operand& to, int64_t at, const float (&v)[4]) {
-  const uint2 high = make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
+  uint2 high, low;
+  split4<T>(v, high, low);
   *reinterpret_cast<uint2*>(static_cast<T*>(to.high) + at) = high;
-  if constexpr (kParts == 2) {
-    const auto left = [](float x, float rounded) { return isfinite(rounded) ? x - rounded : 0.0f; };
-    const float2 a = unpack2<T>(high.x), b = unpack2<T>(high.y);
-    *reinterpret_cast<uint2*>(static_cast<T*>(to.low) + at) =
-        make_uint2(pack2<T>(left(v[0], a.x), left(v[1], a.y)), pack2<T>(left(v[2], b.x), left(v[3], b.y)));
-  }
+  if constexpr (kParts == 2) *reinterpret_cast<uint2*>(static_cast<T*>(to.low) + at) = low;
 }
 
 // ---- the epilogue ----
