@@ -7,7 +7,7 @@
 #              commander, @std/assert
 #     LIBRARY  a built libfreekv_cuda.so, or one packed as .xz; without it one is built for this GPU, which needs nvcc
 #   TESTS=words (default: all) which device tests run, SANITIZE=words (default: the kernel tests; "-": none) which of them under the
-#   sanitizers, TOOLS=names which sanitizers, LIMIT=seconds (default 300) for any one process,
+#   sanitizers, TOOLS=names which sanitizers, JOBS=number (default 8) of them at a time, LIMIT=seconds (default 300) for any one process,
 #   DEVICE=cuda-plain for the launches of older chips.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -38,10 +38,10 @@ grep -E '^(ok  |FAIL|failed:|\(fail\)|[0-9]+ passed)' "$logs/tests.log"
 
 export -f sanitize; export logs bun work limit FREEKV_TEST_DEVICE="${DEVICE:-cuda}"
 for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
-  for word in ${SANITIZE:-append attention digests dense pages retrieval rope sample}; do
+  for word in ${SANITIZE:-append attention chain dense digests pages retrieval rope sample}; do
     find test -maxdepth 1 -name "$word*.test.ts" -printf "$tool %p\n"
   done | sort -u
-done | xargs -r -P 8 -L 1 bash -c 'sanitize "$@"' _ | tee "$logs/sanitizers.log"
+done | xargs -r -P "${JOBS:-8}" -L 1 bash -c 'sanitize "$@"' _ | tee "$logs/sanitizers.log"
 for tool in memcheck racecheck initcheck synccheck; do cat "$work/$tool"-* >"$logs/$tool.log" 2>/dev/null; done
 ! grep -q '^FAIL' "$logs/sanitizers.log" || failed+=(sanitizers)
 [ ${#failed[@]} -eq 0 ] && echo "all passed" || { echo "failed: ${failed[*]}; see $logs"; exit 1; }

@@ -40,7 +40,11 @@ export function launchParts(
   const rows = states.length;
   const step = owned.use(device.alloc(256)); // sampling counts steps: not the engine's
   compute.memset(step, 0);
-  compute.copy(act.qkv, randomF32(rows * network.qkvWidth)); // where nothing computes them
+  // What no part computes is random: garbage could make x infinite, and then every head is flagged.
+  const { hidden, heads, headDim } = network.config;
+  compute.copy(act.x, randomF32(rows * hidden));
+  compute.copy(act.attended, randomF32(rows * heads * headDim));
+  compute.copy(act.qkv, randomF32(rows * network.qkvWidth));
   const attended = Array.from({ length: g.layers }, () => owned.use(device.event())) as Event[];
   const branch = owned.use(device.event());
 

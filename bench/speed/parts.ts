@@ -3,7 +3,7 @@
 import type { State } from "../../lib/state.ts";
 import { spread } from "../measure.ts";
 import { gatherRates } from "./gather.ts";
-import { launchParts, type Parts } from "./launches.ts";
+import { type Launched, launchParts, type Parts } from "./launches.ts";
 import type { Rig } from "./rig.ts";
 import { contextName, few, force, many, type Run, share, told } from "./run.ts";
 import { weightBytes } from "./shape.ts";
@@ -37,6 +37,9 @@ export function gatherLines(run: Run, rig: Rig, states: readonly State[]): void 
   }
 }
 
+const served = ({ ms, counters: { flagged, heads, misses_now, misses_next } }: Launched): string =>
+  `${flagged} heads of ${heads} flagged and ${misses_now + misses_next} pages recalled in the last of ${ms.length} graphs`;
+
 /** One launch of a layer, of as many in a graph as there are layers; each reads what no cache holds. */
 async function launch(run: Run, rig: Rig, o: LaunchCase): Promise<void> {
   const { base } = run.shape.contexts;
@@ -47,14 +50,14 @@ async function launch(run: Run, rig: Rig, o: LaunchCase): Promise<void> {
   const { ms, counters } = launchParts(rig, [state], o.parts);
   if (!o.parts.next) {
     // Between dense chains it begins before the one ahead ends, and the one behind before it ends itself.
-    const perLayer = (parts: Parts): number[] =>
-      launchParts(rig, [state], parts).ms.map((each) => (1e3 * each) / layers);
-    const alone = spread(perLayer({ dense: true })).median;
-    const within = perLayer({ dense: true, ...o.parts });
+    const perLayer = ({ ms }: Launched): number[] => ms.map((each) => (1e3 * each) / layers);
+    const alone = spread(perLayer(launchParts(rig, [state], { dense: true }))).median;
+    const launched = launchParts(rig, [state], { dense: true, ...o.parts });
+    const within = perLayer(launched);
     run.emit({
       ...{ row: null, case: `a dense chain and ${o.name}, ${contextName(base)}`, unit: "us", value: within },
       against: { value: alone, is: "a dense chain alone" },
-      note: `${(spread(within).median - alone).toFixed(2)} us more`,
+      note: `${(spread(within).median - alone).toFixed(2)} us more; ${served(launched)}`,
     });
   }
   run.emit({
@@ -64,7 +67,7 @@ async function launch(run: Run, rig: Rig, o: LaunchCase): Promise<void> {
       against: { value: (1e6 * o.floorBytes(state)) / run.rates.read.median, is: "HBM floor" },
     }),
     ...(o.most !== undefined && { target: { of: "value", most: o.most } as const }),
-    note: `${counters.flagged} heads of ${counters.heads} flagged and ${counters.misses_now + counters.misses_next} pages recalled in the last of ${ms.length} graphs`,
+    note: served({ ms, counters }),
   });
   rig.release(state);
 }
