@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& 
       part.write(mine + warp * part_floats, n_rows, stage_row());
       sync_parts();
       if (adds) {
-        const float sum = sum_parts(mine + row * kPartPitch + place_out, part_floats);
+        const float sum = sum_parts(mine + min(row, n_rows - 1) * kPartPitch + place_out, part_floats);  // past the last row: dropped
         if (!phase.split) {
           total += sum;
         } else if (row < n_rows) {
@@ -192,8 +192,7 @@ void place(Chain& chain) {
   chain.norm_at = static_cast<int32_t>(align(x));
   chain.squares_at = static_cast<int32_t>(chain.norm_at + align(norm));
   chain.parts_at = static_cast<int32_t>(chain.squares_at + align(squares));
-  // One row more than there is may be read, and is dropped.
-  chain.barriers_at = static_cast<int32_t>(chain.parts_at + align(4LL * kPartPitch * (2 * kParts * chain.n_rows + 1)));
+  chain.barriers_at = static_cast<int32_t>(chain.parts_at + align(4LL * kPartPitch * 2 * kParts * chain.n_rows));
   chain.ring_at = static_cast<int32_t>(divide_up(chain.barriers_at + 2 * kMaxStages * sizeof(uint64_t), kSwizzleBytes) * kSwizzleBytes);
   chain.n_stages = std::min(kMaxStages, (kSharedBytes - chain.ring_at) / kStageBytes);
 }

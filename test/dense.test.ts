@@ -292,6 +292,10 @@ test("embedding rows are the table's, and zero for an empty row", { timeout: 30_
 test("the chain refuses what it cannot run, and says which phase", { timeout: 30_000 }, () => {
   using rig = new DenseRig();
   const memory = rig.alloc(4096);
+  const bytes = new BigUint64Array(1);
+  rig.device.call("fkv_chain_scratch_bytes", bytes, 1, 8, 8);
+  const room = rig.alloc(Number(bytes[0]));
+  rig.stream.memset(room, 0);
   const good = {
     weight: memory,
     bias: null,
@@ -309,7 +313,7 @@ test("the chain refuses what it cannot run, and says which phase", { timeout: 30
   const run = (
     changes: Partial<typeof good> | { weight: null },
     rows = 1,
-    scratch = memory.address,
+    scratch = room.address,
   ): void => {
     const phase = pack.fkv_phase({ ...good, ...changes });
     rig.device.call("fkv_dense_chain", phase, 1, rows, 0, scratch, rig.stream.handle);
@@ -326,7 +330,7 @@ test("the chain refuses what it cannot run, and says which phase", { timeout: 30
     [() => run({ x_stride: 7 }), "overlap"],
     [() => run({ y_stride: 7 }), "overlap"],
     [() => run({}, 0), "n_rows 0"],
-    [() => run({}, 1, memory.address + 4), "aligned"],
+    [() => run({}, 1, room.address + 4), "aligned"],
   ];
   for (const [call, text] of refused) assertThrows(call, FreeKVError, text);
 });
