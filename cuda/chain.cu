@@ -1,5 +1,5 @@
-// chain.cu: the dense chain: phases of few rows with aligned half-precision weights as ONE launch of one block per
-// multiprocessor. Everything else runs as plain launches (gemm.cu), with the same bits.
+// chain.cu: the dense chain: phases of few rows with aligned half-precision weights, k a multiple of 64, as ONE launch of one
+// block per multiprocessor. Everything else runs as plain launches (gemm.cu), with the same bits.
 //
 // The launch: warp 8 fills a ring of stages (16 rows of W by 512 of k) and runs ahead across the ends of phases, because W
 // never changes. Warps 0 to 7 are the eight parts of every sum: each multiplies its own chunks of k and keeps its own
@@ -33,8 +33,11 @@ static_assert(kQuarterRegisters / (most_warps(2 * kChainThreads) * kWarp) / 8 * 
 static_assert((most_warps(kChainThreads) * kChainRegisters + most_warps(kSideThreads) * kSideRegisters) * kWarp <=
               kQuarterRegisters);
 static_assert(kSharedBytes + kSideShared + 2 * 1024 <= 228 * 1024);
-// More of x than this is not kept: the ring is worth more.
+// More of x than this is not kept: the ring is worth more (with 120 KiB, 2 rows of k 14336 take 37.8 us for 35.2 on an H200).
 constexpr int64_t kWholeBytes = 72 * 1024;
+// Two stages at least are left by the most of x: a slice of every row, with its norm, squares and parts.
+static_assert(kSharedBytes - kMaxChainRows * x_pitch(kSlice) - 2 * kSlice - 4 * kMaxChainRows * kParts * 2 -
+                  4 * kPartPitch * 2 * kParts * kMaxChainRows - 16 * kMaxStages - 5 * 128 - kSwizzleBytes >= 2 * kStageBytes);
 constexpr int64_t kPartialBytes = 8 << 20;  // of a split phase; more rows of W become phases of their own
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -232,6 +235,8 @@ bool overlap(const float* a, int64_t a_stride, int64_t a_width, const float* b, 
   return x < y_end && y < x_end;
 }
 
+// W as panels [k / 64][n_out][64], of which a stage is [8][16][64]: eight rows of a panel lie in each 1 KiB, swizzled. The stride from
+// panel to panel is less than that from row to row, which drivers take.
 int32_t map_weight(CUtensorMap* map, EncodeTiled encode, const Phase& phase, int32_t dtype) {
   const auto k = static_cast<cuuint64_t>(phase.k);
   return encode_map(map, encode, kCall, dtype, phase.weight, {kPanelK, static_cast<cuuint64_t>(phase.to.n_out), k / kPanelK},
@@ -304,11 +309,12 @@ int32_t run_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, voi
   chain.squares = reinterpret_cast<float*>(static_cast<char*>(scratch) + kHeadBytes);
   chain.partials = chain.squares + align(4 * slices * n_rows) / 4;
   chain.n_rows = n_rows;
-  for (size_t first = 0; first < list.size(); first += kMaxPhases) {
-    chain.n_phases = static_cast<int32_t>(std::min<size_t>(list.size() - first, kMaxPhases));
+  // A phase that comes alone is never waited in: its caller may share the device with launches that we do not know.
+  const bool apart = n_phases == 1 && list[0].split;
+  const size_t most = apart ? 1 : kMaxPhases;
+  for (size_t first = 0; first < list.size(); first += most) {
+    chain.n_phases = static_cast<int32_t>(std::min(list.size() - first, most));
     std::copy_n(list.begin() + static_cast<int64_t>(first), chain.n_phases, chain.phases);
-    // A phase that comes alone is never waited in: its caller may share the device with launches that we do not know.
-    const bool apart = chain.n_phases == 1 && chain.phases[0].split;
     for (int32_t i = 0; i < chain.n_phases; ++i)
       if (const int32_t status = map_weight(&chain.maps[i], encode, chain.phases[i], phases[0].dtype)) return status;
     chain.multiplies = true;

@@ -1,5 +1,6 @@
 // chain_ring.cuh: a ring of stages in shared memory that one warp fills with W, a copy each, and eight warps empty. The
-// filling warp never waits for a phase to end, so that memory stays busy while blocks meet.
+// filling warp waits for a free stage and for what is on its way, never for a phase to end, so that memory stays busy while
+// blocks meet.
 #pragma once
 #include "chain_work.cuh"
 #include "hopper.cuh"
@@ -11,7 +12,7 @@ constexpr int kStageBytes = kTileOuts * kStageK * 2;
 constexpr int kPanelK = 64, kPanelBytes = kTileOuts * kPanelK * 2;  // a stage is panels of 16 rows, swizzled: see hopper.cuh
 constexpr int kMaxStages = 16;
 // Stages on their way at a time. More of them queue at the L2, and what blocks tell each other at the end of a phase waits behind them:
-// 28672 × 4096 by one row on an H200 takes 55 us with 3, 57 with 4, 59 with as many as there are, and 59 with 2.
+// 28672 × 4096 by one row takes 55 us with 3, 57 with 4, 59 with as many as there are, and 59 with 2 (H200, 2026-11-29).
 constexpr int kInFlight = 3;
 constexpr int kStageChunks = kStageK / kChunk / kParts;  // of one warp
 static_assert(kSlice % kStageK == 0 && kStageK % (kChunk * kParts) == 0 && kPanelK == 2 * kChunk);

@@ -50,7 +50,7 @@ struct Chain {
 static_assert(sizeof(Chain) <= 4096);
 
 // Bytes from one row of x in shared memory to the next: neighbours lie 16 bytes apart in the banks.
-__host__ __device__ constexpr int32_t x_pitch(int32_t k) { return (k + kChunk - 1) / kChunk * kChunkBytes + 16; }
+__host__ __device__ constexpr int32_t x_pitch(int32_t k) { return k / kChunk * kChunkBytes + 16; }
 
 struct Run {
   int32_t begin, end, step;

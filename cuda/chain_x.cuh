@@ -18,7 +18,7 @@ template <class T>
 __device__ __forceinline__ void load_x(char* out, int32_t pitch, T* norm, float* squares, const Phase& phase, int32_t n_rows,
                                        int32_t first, int32_t end) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int32_t length = end - first, padded = (length + kChunk - 1) / kChunk * kChunk;
+  const int32_t length = end - first;  // whole chunks
   const float* x = phase.x + first;
   if (phase.norm != nullptr) {
 #pragma unroll 2
@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_x(char* out, int32_t pitch, T* norm, float*
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t at = slice + square_place(warp, half);
-        if (at < padded) copy_async<16>(out + row * pitch + at * 4, at < length ? x + at : x, at < length);
+        if (at < length) copy_async<16>(out + row * pitch + at * 4, x + at, true);
       }
   }
   await_copies();
@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_x(char* out, int32_t pitch, T* norm, float*
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t at = slice + square_place(warp, half);
-        if (at < padded) v[half] = *reinterpret_cast<const float4*>(places + at * 4);
+        if (at < length) v[half] = *reinterpret_cast<const float4*>(places + at * 4);
         sum = add_squares(sum, v[half]);
       }
       __syncwarp();
@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_x(char* out, int32_t pitch, T* norm, float*
         const int32_t at = slice + square_place(warp, half);
         const float4& u = v[half];
         const float scaled[4] = {u.x * by[half][0], u.y * by[half][1], u.z * by[half][2], u.w * by[half][3]};
-        if (at < padded) Column<T>::store(places + at / kChunk * kChunkBytes, at % kChunk, scaled);
+        if (at < length) Column<T>::store(places + at / kChunk * kChunkBytes, at % kChunk, scaled);
       }
       if (phase.norm == nullptr) continue;
       sum = warp_sum(sum);

@@ -141,7 +141,8 @@ FKV_API int32_t fkv_embed(float* out, const int32_t* tokens, const void* table, 
 // Prologue: with `norm`, x·rsqrt(mean(x²) + eps)·norm per row (RMSNorm). Epilogue, in this order: + bias; then
 // STORE y = v · ADD y += v (residual) · SWIGLU with W's rows interleaved gate, up, gate, up…: y[i] = silu(v[2i])·v[2i+1], n_out/2 values.
 enum { FKV_STORE = 0, FKV_ADD = 1, FKV_SWIGLU = 2 };
-// Whose sums; on CUDA in f32 on tensor cores. DECODE: W exact (f32 W, and x always, as the sum of two tf32 values: 23 bits). PREFILL: x as the sum
+// Whose sums; on CUDA in f32 on tensor cores. DECODE: W exact (f32 W as the sum of two tf32 values); x as the sum of two tf32 values (2^-23 of it
+// is lost), beside bf16 W of two bf16 values (2^-17; |x| above 3.38e38 is infinite). PREFILL: x as the sum
 // of two values of W's type (a W that is infinite makes NaN); f32 W as DECODE. In both the order is fixed by k alone, never by n_rows (design
 // section 5); how an instruction adds its products is the chip's own. FAST: few rows as DECODE, many with x rounded to W's type. The twin has one
 // order for all. In PREFILL and FAST, the y of a SWIGLU phase that the next phase of the same call reads as its x is undefined afterwards.
@@ -159,7 +160,8 @@ typedef struct fkv_phase {
 } fkv_phase;
 // Runs the phases in order, each seeing the ones before it. scratch: device memory, fkv_chain_scratch_bytes() of it, zeroed once before
 // its first use, not shared with another chain in flight. k and n_out any positive number; k a multiple of 64, weights, norms and rows of
-// x aligned to 16 bytes are fast.
+// x aligned to 16 bytes are fast. Calls of more than one phase that may run at one time belong on one stream (on CUDA their blocks wait for
+// each other); a phase alone waits for nothing.
 FKV_API int32_t fkv_dense_chain(const fkv_phase* phases, int32_t n_phases, int32_t n_rows, int32_t family, void* scratch, fkv_stream* stream);
 FKV_API int32_t fkv_chain_scratch_bytes(uint64_t* bytes, int32_t n_rows, int32_t max_k, int32_t max_out);
 

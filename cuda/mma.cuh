@@ -85,7 +85,7 @@ __device__ __forceinline__ float2 unpack2(uint32_t word) {
   return __half22float2(pair);
 }
 
-// Four values as sums of two of T each, up to 2^-16 (bf16) or 2^-22 (f16, within its range) of them. low: what rounding left, rounded; of
+// Four values as sums of two of T each, up to 2^-17 (bf16) or 2^-23 (f16, within its range) of them. low: what rounding left, rounded; of
 // what is not finite, nothing.
 template <class T>
 __device__ __forceinline__ void split4(const float (&v)[4], uint2& high, uint2& low) {

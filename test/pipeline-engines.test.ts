@@ -7,7 +7,9 @@ import type { Engine } from "../lib/engine.ts";
 import type { EngineOptions } from "../lib/types.ts";
 import { checkpoint, generate, load, type Trace, timeout, tokens } from "./pipeline.ts";
 
-const folders = [checkpoint(), checkpoint({ seed: 9 })];
+/** Of weights and widths that a GPU's dense chain takes. */
+const chained = { dtype: "bf16", hidden: 64, intermediate: 128 } as const;
+const folders = [checkpoint(chained), checkpoint({ ...chained, seed: 9 })];
 const ids = [0, 1].map((i) => tokens(700, 3 + i));
 
 /** Prompts while the others decode, then decodes, appends, and decodes on. */

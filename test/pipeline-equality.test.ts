@@ -47,8 +47,8 @@ async function traces(engine: Engine, names = Object.keys(policies)): Promise<Tr
   return found;
 }
 
-async function tracesOf(options: EngineOptions): Promise<Traces> {
-  await using engine = await load(dir, options);
+async function tracesOf(options: EngineOptions, folder = dir): Promise<Traces> {
+  await using engine = await load(folder, options);
   return await traces(engine);
 }
 
@@ -119,6 +119,22 @@ for (const kvDtype of ["bf16", "f16"] as const) {
     const gap = distance((found.full as Traces[string]).scored, (full as Traces[string]).scored);
     assertGreater(gap, 0);
     assertLess(gap, kvDtype === "bf16" ? 0.5 : 0.05);
+  });
+}
+
+for (const dtype of ["bf16", "f16"] as const) {
+  test(`${dtype} weights, of widths that a GPU chains: captured, host, staged and a launch a phase agree`, {
+    timeout,
+  }, async () => {
+    const folder = checkpoint({ dtype, hidden: 64, intermediate: 128 });
+    const found = await tracesOf({ orchestration: "captured" }, folder);
+    for (const options of [
+      { orchestration: "host" },
+      { recall: "staged", layout: "nhd" },
+      { chain: "split" },
+    ] as const)
+      assertEquals(await tracesOf(options, folder), found, JSON.stringify(options));
+    assertGreater(new Set(found.full?.generated.argmax).size, 5);
   });
 }
 

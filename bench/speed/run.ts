@@ -1,7 +1,7 @@
 // What the parts of the speed table share: the shape, the device, its rates, which rows are wanted, and where lines go.
 
 import type { State } from "../../lib/state.ts";
-import { type Spread, spread } from "../measure.ts";
+import { type Spread, spread, sum } from "../measure.ts";
 import { type Decoded, type DecodeOptions, decode } from "./decode.ts";
 import type { Rates } from "./floors.ts";
 import type { Line } from "./report.ts";
@@ -60,6 +60,9 @@ export function floorMs({ rates }: Run, decoded: Decoded, combined = false): num
 }
 
 export const medianMs = (decoded: Decoded): number => spread(decoded.stepMs).median;
+/** For steps that the host tells late: two of them then follow each other at once. */
+export const averaged = ({ stepMs }: Decoded): string =>
+  `${(sum(stepMs) / stepMs.length).toFixed(2)} ms a step over all ${stepMs.length} steps`;
 
 export const contextName = (tokens: number): string =>
   tokens >= 8192 ? `${tokens / 1024}K` : `${tokens} tokens`;
