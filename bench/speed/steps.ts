@@ -115,7 +115,8 @@ async function hostTime(run: Run, rig: Rig, state: State): Promise<void> {
     step(rows);
     launchMs += performance.now() - from;
   };
-  const steps = Math.ceil(run.shape.steps / 2);
+  const { steps } = run.shape;
+  await decode(rig, [state], { steps, warmups: 1 }); // or the first samples time code that is still being compiled
   const measure = async (awake: boolean): Promise<{ samples: number[]; launchUs: number }> => {
     const samples: number[] = [];
     launchMs = 0;
