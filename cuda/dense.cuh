@@ -3,10 +3,11 @@
 //
 // A sum over k falls into slices of 2048 values. Of a slice, chunk c of 32 values belongs to part c mod 8, and a part is
 // summed by tensor cores, chunks ascending, one chain of f32 accumulators for W·high and one for W·low: x is taken as the
-// sum of two numbers of a type that multiplies with W exactly. Beside bf16 they are bf16 (up to 2^-17 of x; beyond bf16's largest value x is infinite): both are
-// columns of one product, so that W goes to the tensor cores as it lies. Beside f16 and f32 they are tf32 (23 bits). A slice
-// is its parts, ascending; the sum is the slices, ascending. Values past k count as zeros. How many rows of x go side by
-// side decides how often W is read, never the order: tensor cores compute each column for itself.
+// sum of two numbers of a type that multiplies with W exactly. Beside bf16 they are bf16 (up to 2^-17 of x is lost, and
+// beyond bf16's largest value x is infinite): both are columns of one product, so that W goes to the tensor cores as it
+// lies. Beside f16 and f32 they are tf32 (2^-23). A slice is its parts, ascending; the sum is the slices, ascending. Values
+// past k count as zeros. How many rows of x go side by side decides how often W is read, never the order: tensor cores
+// compute each column for itself.
 //
 // Tensor cores because multiply-adds would bind from 4 rows on: at HBM speed an H200's multiprocessor gets 9 values of W a
 // clock and has 128 multiply-adds, which also unpack W and fetch x. Here 4 rows are multiplied at what 1 row costs.
