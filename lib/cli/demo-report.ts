@@ -123,7 +123,7 @@ export function footer(rows: readonly Row[], book: PlacedBook, device: string): 
   }
   if (device === "cpu") lines.push("Times are the CPU twin's: they show the pipeline, not the speed.");
   const kept = keptGpuFigures();
-  if (kept.length > 0) lines.push(`A GPU's, kept in ${join("bench", "results")}: ${kept.join(", ")}`);
+  if (kept.length > 0) lines.push(`A GPU's, kept in ${join("bench", "results")}: ${kept.join(" · ")}`);
   const lost = lostByDropping(rows, book);
   if (lost.length > 0)
     lines.push("", "What dropping lost: question · expected · streaming said · freekv said", ...lost);
@@ -144,13 +144,16 @@ function lostByDropping(rows: readonly Row[], book: PlacedBook): string[] {
   return lost.slice(0, 3);
 }
 
-/** Benches that ran on a GPU, where this is a clone that has their results. */
+/** Benches that ran on a GPU, by its name, where this is a clone that has their results. */
 function keptGpuFigures(): string[] {
   const dir = join(packageRoot(), "bench", "results");
   if (!existsSync(dir)) return [];
-  return readdirSync(dir)
-    .filter((name) => /-h[12]00\.csv$/.test(name))
-    .sort();
+  const benches = new Map<string, string[]>();
+  for (const name of readdirSync(dir).sort()) {
+    const [, bench, card] = /^(.+)-(h[12]00)\.csv$/.exec(name) ?? [];
+    if (bench && card) benches.set(card, [...(benches.get(card) ?? []), bench]);
+  }
+  return [...benches].map(([card, names]) => `${card.toUpperCase()} ${names.join(", ")}`);
 }
 
 export function next(): string {
