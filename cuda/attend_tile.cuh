@@ -40,7 +40,6 @@ __device__ __forceinline__ float rounded(float v) {
   if constexpr (Stored<T>::kDtype == FKV_BF16) return __bfloat162float(__float2bfloat16_rn(v));
   else return __half2float(__float2half_rn(v));
 }
-__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // A warp's tile of halves; D: head_dim rounded up to 64, 128 or 256; S sets of heads. Lane = 4·g + t.
 template <class T, int D, int S>

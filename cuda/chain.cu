@@ -35,9 +35,6 @@ static_assert((most_warps(kChainThreads) * kChainRegisters + most_warps(kSideThr
 static_assert(kSharedBytes + kSideShared + 2 * 1024 <= 228 * 1024);
 // More of x than this is not kept: the ring is worth more (with 120 KiB, 2 rows of k 14336 take 37.8 us for 35.2 on an H200).
 constexpr int64_t kWholeBytes = 72 * 1024;
-// Two stages at least are left by the most of x: a slice of every row, with its norm, squares and parts.
-static_assert(kSharedBytes - kMaxChainRows * x_pitch(kSlice) - 2 * kSlice - 4 * kMaxChainRows * kParts * 2 -
-                  4 * kPartPitch * 2 * kParts * kMaxChainRows - 16 * kMaxStages - 5 * 128 - kSwizzleBytes >= 2 * kStageBytes);
 constexpr int64_t kPartialBytes = 8 << 20;  // of a split phase; more rows of W become phases of their own
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -83,11 +80,11 @@ __device__ __forceinline__ void multiply_phase(const Chain& chain, const Phase& 
   const int32_t n_rows = chain.n_rows, part_floats = n_rows * kPartPitch;
   const int32_t row = threadIdx.x / kTileOuts, place_out = threadIdx.x % kTileOuts;
   const bool adds = warp * kWarp < n_rows * kTileOuts;  // some lane of this warp has an output
-  float* const first_squares = reinterpret_cast<float*>(memory + chain.squares_at);
+  float* const first_squares = reinterpret_cast<float*>(memory + chain.shared.squares_at);
   float* squares = first_squares;
-  float* parts = reinterpret_cast<float*>(memory + chain.parts_at);
+  float* parts = reinterpret_cast<float*>(memory + chain.shared.parts_at);
   const int32_t pitch = x_pitch(phase.split ? kSlice : phase.k);
-  T* norm = reinterpret_cast<T*>(memory + chain.norm_at);
+  T* norm = reinterpret_cast<T*>(memory + chain.shared.norm_at);
   int32_t loaded = -1;  // start of what of x is here
   float factor = 1.0f;
 #pragma unroll 1
@@ -138,10 +135,10 @@ template <class T, int N>
 __global__ void __launch_bounds__(kChainThreads, 2) dense_chain(const __grid_constant__ Chain chain) {
   extern __shared__ __align__(kSwizzleBytes) char memory[];
   Ring ring;
-  ring.full = reinterpret_cast<uint64_t*>(memory + chain.barriers_at);
+  ring.full = reinterpret_cast<uint64_t*>(memory + chain.shared.barriers_at);
   ring.empty = ring.full + kMaxStages;
-  ring.stages = memory + chain.ring_at;
-  ring.n_stages = chain.n_stages;
+  ring.stages = memory + chain.shared.ring_at;
+  ring.n_stages = chain.shared.n_stages;
   if (threadIdx.x == kPartsThreads) ring.begin();
   __syncthreads();
   if (threadIdx.x >= kPartsThreads) {
@@ -180,24 +177,31 @@ __global__ void dense_chain(const __grid_constant__ Chain) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t align(int64_t bytes) { return divide_up(bytes, 128) * 128; }
+constexpr int64_t align(int64_t bytes, int64_t to = 128) { return divide_up(bytes, to) * to; }
 
-// Divides shared memory.
-void place(Chain& chain) {
+// Divides shared memory: the ring gets what is left.
+constexpr SharedLayout lay_out_shared(int64_t x, int64_t norm, int64_t squares, int64_t n_rows) {
+  const int64_t norm_at = align(x), squares_at = norm_at + align(norm), parts_at = squares_at + align(squares),
+                barriers_at = parts_at + align(4 * kPartPitch * 2 * kParts * n_rows),
+                ring_at = align(barriers_at + 2 * kMaxStages * static_cast<int64_t>(sizeof(uint64_t)), kSwizzleBytes),
+                n_stages = std::min<int64_t>(kMaxStages, (kSharedBytes - ring_at) / kStageBytes);
+  return {static_cast<int32_t>(norm_at),     static_cast<int32_t>(squares_at), static_cast<int32_t>(parts_at),
+          static_cast<int32_t>(barriers_at), static_cast<int32_t>(ring_at),    static_cast<int32_t>(n_stages)};
+}
+constexpr int64_t squares_bytes(int64_t n_rows, int64_t slices) { return 4 * n_rows * kParts * slices; }
+// The most that a phase keeps: a slice of every row.
+static_assert(lay_out_shared(int64_t{kMaxChainRows} * x_pitch(kSlice), 2 * kSlice, squares_bytes(kMaxChainRows, 2), kMaxChainRows).n_stages >= 2);
+
+SharedLayout lay_out_shared(const Chain& chain) {
   int64_t x = 0, norm = 0, squares = 0;
   for (int32_t p = 0; p < chain.n_phases; ++p) {
     const Phase& phase = chain.phases[p];
-    const int64_t slices = phase.split ? 2 : slices_of(phase.k);
-    x = std::max<int64_t>(x, int64_t{chain.n_rows} * x_pitch(phase.split ? kSlice : phase.k));
-    if (phase.norm != nullptr) norm = std::max<int64_t>(norm, 2LL * std::min(phase.k, phase.split ? kSlice : phase.k));
-    squares = std::max<int64_t>(squares, 4LL * chain.n_rows * kParts * slices);
+    const int64_t width = phase.split ? kSlice : phase.k;
+    x = std::max(x, int64_t{chain.n_rows} * x_pitch(static_cast<int32_t>(width)));
+    if (phase.norm != nullptr) norm = std::max(norm, 2 * width);
+    squares = std::max(squares, squares_bytes(chain.n_rows, phase.split ? 2 : slices_of(phase.k)));
   }
-  chain.norm_at = static_cast<int32_t>(align(x));
-  chain.squares_at = static_cast<int32_t>(chain.norm_at + align(norm));
-  chain.parts_at = static_cast<int32_t>(chain.squares_at + align(squares));
-  chain.barriers_at = static_cast<int32_t>(chain.parts_at + align(4LL * kPartPitch * 2 * kParts * chain.n_rows));
-  chain.ring_at = static_cast<int32_t>(divide_up(chain.barriers_at + 2 * kMaxStages * sizeof(uint64_t), kSwizzleBytes) * kSwizzleBytes);
-  chain.n_stages = std::min(kMaxStages, (kSharedBytes - chain.ring_at) / kStageBytes);
+  return lay_out_shared(x, norm, squares, chain.n_rows);
 }
 
 template <class T, int N>
@@ -213,7 +217,7 @@ int32_t launch(const Chain& chain, fkv_stream* stream) {
 }
 
 int32_t launch(Chain& chain, int32_t dtype, fkv_stream* stream) {
-  place(chain);
+  chain.shared = lay_out_shared(chain);
   // Tiles of x side by side.
   const auto by_tiles = [&](auto zero) {
     using T = decltype(zero);

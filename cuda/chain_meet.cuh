@@ -37,7 +37,7 @@ constexpr int kAtOnce = 4;  // outputs of a thread whose sums are fetched togeth
 template <class T>
 __device__ __forceinline__ void finish_phase(const Chain& chain, const Phase& phase, char* memory) {
   const int32_t n_rows = chain.n_rows, slices = slices_of(phase.k), tile_sums = n_rows * kTileOuts;
-  float* factors = reinterpret_cast<float*>(memory + chain.squares_at);
+  float* factors = reinterpret_cast<float*>(memory + chain.shared.squares_at);
   if (threadIdx.x < n_rows) {
     float all = 0.0f;
     if (phase.norm != nullptr)

@@ -35,6 +35,12 @@ struct Phase {
   }
 };
 
+// Offsets in shared memory, of which x lies at the start.
+struct SharedLayout {
+  int32_t norm_at, squares_at, parts_at, barriers_at, ring_at;
+  int32_t n_stages;
+};
+
 struct Chain {
   CUtensorMap maps[kMaxPhases];  // W of each phase: [k / 64][n_out][64]
   Phase phases[kMaxPhases];
@@ -42,9 +48,7 @@ struct Chain {
   float* partials;  // [slice][tile][row][16] of a split phase
   float* squares;   // [slice][row] of a split phase with a norm
   int32_t n_phases, n_rows;
-  // Offsets in shared memory; x lies at its start.
-  int32_t norm_at, squares_at, parts_at, barriers_at, ring_at;
-  int32_t n_stages;
+  SharedLayout shared;
   bool multiplies, finishes;  // of split phases, where each step is a launch of its own
 };
 static_assert(sizeof(Chain) <= 4096);

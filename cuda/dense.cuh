@@ -31,7 +31,7 @@ struct Piece {  // of W: as tf32
   static constexpr bool kExact = true;  // in one tf32 number
   // Values 2i and 2i + 1.
   __device__ __forceinline__ void pair(int i, uint32_t (&out)[2]) const {
-    const float2 values = unpack2<T>(i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w);
+    const float2 values = unpack2<T>(word(bits, i));
     out[0] = __float_as_uint(values.x);
     out[1] = __float_as_uint(values.y);
   }

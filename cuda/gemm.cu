@@ -11,6 +11,7 @@ namespace fkv {
 namespace {
 
 constexpr const char* kCall = "fkv_dense_chain";
+constexpr int kFew = 8, kMany = 32;  // rows of x that a block takes together
 
 struct Lay {
   const float* x;
@@ -88,7 +89,7 @@ template <class T, bool kAligned, int N>
 __global__ void __launch_bounds__(kPartsThreads, 2) multiply(const Multiply job) {
   constexpr int kRows = N * kTileRows<T>, kPartFloats = kRows * kPartPitch;
   constexpr int kOutputs = (kRows * kTileOuts - 1) / kPartsThreads + 1;   // of one thread
-  constexpr int kAhead = sizeof(T) == 2 && kRows <= 8 ? 4 : 2;            // chunks of W in flight
+  constexpr int kAhead = sizeof(T) == 2 && kRows <= kFew ? 4 : 2;         // chunks of W in flight
   __shared__ float parts[2][kParts][kPartFloats];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int32_t k = job.k, row_tiles = (job.to.n_rows - 1) / kRows + 1;
@@ -149,7 +150,6 @@ __global__ void __launch_bounds__(kPartsThreads, 2) multiply(const Multiply job)
 
 template <class T, bool kAligned>
 void launch_multiply(const Multiply& job, cudaStream_t stream) {
-  constexpr int kFew = 8, kMany = 32;
   const bool many = job.to.n_rows > kFew;
   const int64_t tiles = divide_up(job.to.n_rows, many ? kMany : kFew) * tiles_of(job.to.n_out);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, 1 << 30));

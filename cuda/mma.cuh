@@ -67,6 +67,8 @@ __device__ __forceinline__ void multiply_16x8(float* sums, const uint32_t (&a)[4
 
 // ---- pairs ----
 
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // Two values rounded to T in one word, the first in its lower half, and back. NaN stays NaN.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float first, float second) {

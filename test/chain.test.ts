@@ -24,8 +24,7 @@ const shapes: Shape[] = [
   { hidden: 64, mlp: 4672, qkv: 30, dtype: "bf16" },
   { hidden: 2368, mlp: 640, qkv: 90, dtype: "f16" },
 ];
-/** Every other row of a matrix starts off the alignment that a chain asks for, so each phase is launched for itself. */
-const unaligned = 1;
+/** "unaligned": rows are a float apart from each other, which a chain does not take, so each phase is launched for itself. */
 type How = "together" | "apart" | "unaligned";
 for (const { hidden, mlp, qkv, dtype } of shapes) {
   test(`a layer's phases in one call, in four, or in any launches, the same bits: ${hidden}, ${mlp}, ${qkv}, ${dtype}`, {
@@ -48,23 +47,25 @@ for (const { hidden, mlp, qkv, dtype } of shapes) {
       const start = random.normals(rows * hidden);
       const attendedRows = random.normals(rows * hidden);
       const run = (how: How): Uint32Array[] => {
-        const more = how === "unaligned" ? unaligned : 0;
+        const pitch = (width: number): number => (how === "unaligned" ? width + 1 : width);
         const spread = (values: Float32Array): DeviceBuffer => {
-          const all = new Float32Array(rows * (hidden + more));
+          const all = new Float32Array(rows * pitch(hidden));
           for (let row = 0; row < rows; row++)
-            all.set(values.subarray(row * hidden, (row + 1) * hidden), row * (hidden + more));
+            all.set(values.subarray(row * hidden, (row + 1) * hidden), row * pitch(hidden));
           return rig.upload(all);
         };
+        const gathered = (memory: DeviceBuffer, width: number): Uint32Array =>
+          bits(rig.floats(memory)).filter((_, i) => i % pitch(width) < width);
         const x = spread(start);
         const attended = spread(attendedRows);
-        const inner = rig.alloc(4 * rows * (mlp + more));
-        const out = rig.alloc(4 * rows * (qkv + more));
-        const common = { dtype, eps: 1e-5, xStride: hidden + more, yStride: hidden + more };
+        const inner = rig.alloc(4 * rows * pitch(mlp));
+        const out = rig.alloc(4 * rows * pitch(qkv));
+        const common = { dtype, eps: 1e-5, xStride: pitch(hidden), yStride: pitch(hidden) };
         const phases: Phase[] = [
           { ...common, weight: weights.o, x: attended, y: x, nOut: hidden, k: hidden, epilogue: "add" },
           {
             ...common,
-            yStride: mlp + more,
+            yStride: pitch(mlp),
             weight: weights.gateUp,
             bias: weights.gateUpBias,
             norm: weights.mlpNorm,
@@ -76,7 +77,7 @@ for (const { hidden, mlp, qkv, dtype } of shapes) {
           },
           {
             ...common,
-            xStride: mlp + more,
+            xStride: pitch(mlp),
             weight: weights.down,
             x: inner,
             y: x,
@@ -86,7 +87,7 @@ for (const { hidden, mlp, qkv, dtype } of shapes) {
           },
           {
             ...common,
-            yStride: qkv + more,
+            yStride: pitch(qkv),
             weight: weights.qkv,
             bias: weights.qkvBias,
             norm: weights.attnNorm,
@@ -99,11 +100,7 @@ for (const { hidden, mlp, qkv, dtype } of shapes) {
         ];
         if (how === "apart") for (const phase of phases) rig.chain([phase], rows);
         else rig.chain(phases, rows);
-        return [x, inner, out].map((memory) => {
-          const all = bits(rig.floats(memory));
-          const pitch = all.length / rows;
-          return all.filter((_, i) => i % pitch < pitch - more);
-        });
+        return [gathered(x, hidden), gathered(inner, mlp), gathered(out, qkv)];
       };
       const together = run("together");
       for (const how of ["apart", "unaligned", "together"] as const)

@@ -47,27 +47,27 @@ async function launch(run: Run, rig: Rig, o: LaunchCase): Promise<void> {
   const state = await rig.sequence(base, o.policy);
   force(rig, o.forced);
   if (!o.parts.now) launchParts(rig, [state], { now: true }, 1); // which heads are flagged
-  const { ms, counters } = launchParts(rig, [state], o.parts);
+  const alone = launchParts(rig, [state], o.parts);
+  const perLayer = ({ ms }: Launched): number[] => ms.map((each) => (1e3 * each) / layers);
   if (!o.parts.next) {
     // Between dense chains it begins before the one ahead ends, and the one behind before it ends itself.
-    const perLayer = ({ ms }: Launched): number[] => ms.map((each) => (1e3 * each) / layers);
-    const alone = spread(perLayer(launchParts(rig, [state], { dense: true }))).median;
-    const launched = launchParts(rig, [state], { dense: true, ...o.parts });
-    const within = perLayer(launched);
+    const chain = spread(perLayer(launchParts(rig, [state], { dense: true }))).median;
+    const within = launchParts(rig, [state], { dense: true, ...o.parts });
+    const value = perLayer(within);
     run.emit({
-      ...{ row: null, case: `a dense chain and ${o.name}, ${contextName(base)}`, unit: "us", value: within },
-      against: { value: alone, is: "a dense chain alone" },
-      note: `${(spread(within).median - alone).toFixed(2)} us more; ${served(launched)}`,
+      ...{ row: null, case: `a dense chain and ${o.name}, ${contextName(base)}`, unit: "us", value },
+      against: { value: chain, is: "a dense chain alone" },
+      note: `${(spread(value).median - chain).toFixed(2)} us more; ${served(within)}`,
     });
   }
   run.emit({
     ...{ row: o.most === undefined ? null : 2, case: `${o.name}, ${contextName(base)}`, unit: "us" },
-    value: ms.map((each) => (1e3 * each) / layers),
+    value: perLayer(alone),
     ...(o.floorBytes && {
       against: { value: (1e6 * o.floorBytes(state)) / run.rates.read.median, is: "HBM floor" },
     }),
     ...(o.most !== undefined && { target: { of: "value", most: o.most } as const }),
-    note: served({ ms, counters }),
+    note: served(alone),
   });
   rig.release(state);
 }

@@ -83,6 +83,15 @@ export class DenseRig implements Disposable {
     return new Float32Array(this.download(memory));
   }
 
+  /** What a chain of these widths asks for. */
+  scratch(rows: number, maxK: number, maxOut: number): DeviceBuffer {
+    const bytes = new BigUint64Array(1);
+    this.device.call("fkv_chain_scratch_bytes", bytes, rows, maxK, maxOut);
+    const scratch = this.alloc(Number(bytes[0]));
+    this.stream.memset(scratch, 0);
+    return scratch;
+  }
+
   /** Issues the phases as one chain, with the sums of `family`. */
   chain(phases: readonly Phase[], rows: number, family: number = FKV_DECODE): void {
     const all = new ArrayBuffer(phases.length * size.fkv_phase);
@@ -104,12 +113,9 @@ export class DenseRig implements Disposable {
       };
       pack.fkv_phase(values, { into: all, at: i * size.fkv_phase });
     }
-    const bytes = new BigUint64Array(1);
     const maxK = Math.max(...phases.map((phase) => phase.k));
     const maxOut = Math.max(...phases.map((phase) => phase.nOut));
-    this.device.call("fkv_chain_scratch_bytes", bytes, rows, maxK, maxOut);
-    const scratch = this.alloc(Number(bytes[0]));
-    this.stream.memset(scratch, 0);
+    const scratch = this.scratch(rows, maxK, maxOut);
     this.device.call(
       "fkv_dense_chain",
       all,
